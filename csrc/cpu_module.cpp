@@ -1,0 +1,73 @@
+// less_fast._cpu: the CPU operations as plain functions of addresses and sizes. Python validates; see ops/cpu.py.
+#include <pybind11/pybind11.h>
+
+#include "cpu_ops.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+lf::Precondition make_rule(int rule, uintptr_t a, uintptr_t b, float alpha, float gamma, float e) {
+  return {static_cast<lf::Rule>(rule), pointer<const float>(a), pointer<const float>(b), alpha, gamma, e};
+}
+
+using Address = uintptr_t;
+using Release = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU operations of less_fast on raw addresses; use less_fast.ops instead.";
+
+  py::class_<lf::Precondition>(m, "Precondition")
+      .def(py::init(&make_rule), py::arg("rule"), py::arg("a"), py::arg("b"), py::arg("alpha"), py::arg("gamma"),
+           py::arg("e"));
+  py::class_<lf::Gradients>(m, "Gradients")
+      .def(py::init([](Address data, int64_t n, int64_t stride_n, int64_t n_short, int64_t n_long) {
+             return lf::Gradients{pointer<const float>(data), n, stride_n, n_short, n_long};
+           }),
+           py::arg("data"), py::arg("n"), py::arg("stride_n"), py::arg("n_short"), py::arg("n_long"));
+  py::class_<lf::Features>(m, "Features")
+      .def(py::init([](Address data, int64_t dim, int64_t stride) {
+             return lf::Features{pointer<float>(data), dim, stride};
+           }),
+           py::arg("data"), py::arg("dim"), py::arg("stride"));
+
+  m.def("accumulate_srht", &lf::accumulate_srht, py::arg("features"), py::arg("grads"), py::arg("rule"),
+        py::arg("rho_base"), py::arg("block"), py::arg("seed"), py::arg("threads"), Release());
+  m.def("accumulate_sjlt", &lf::accumulate_sjlt, py::arg("features"), py::arg("grads"), py::arg("rule"),
+        py::arg("j_base"), py::arg("short_stride"), py::arg("long_stride"), py::arg("nnz"), py::arg("seed"),
+        py::arg("threads"), Release());
+  m.def(
+      "rademacher_columns",
+      [](Address out, Address index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+        lf::rademacher_columns(pointer<float>(out), pointer<const int64_t>(index), n, dim, seed, threads);
+      },
+      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("dim"), py::arg("seed"), py::arg("threads"), Release());
+  m.def(
+      "gaussian_columns",
+      [](Address out, Address index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+        lf::gaussian_columns(pointer<float>(out), pointer<const int64_t>(index), n, dim, seed, threads);
+      },
+      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("dim"), py::arg("seed"), py::arg("threads"), Release());
+  m.def(
+      "precondition",
+      [](Address out, const lf::Gradients& grads, const lf::Precondition& rule, int threads) {
+        lf::precondition(pointer<float>(out), grads, rule, threads);
+      },
+      py::arg("out"), py::arg("grads"), py::arg("rule"), py::arg("threads"), Release());
+  m.def(
+      "philox",
+      [](uint64_t seed, uint64_t index, uint32_t block, uint32_t tag) {
+        const lf::Words drawn = lf::philox(seed, index, block, tag);
+        return py::make_tuple(drawn.w[0], drawn.w[1], drawn.w[2], drawn.w[3]);
+      },
+      py::arg("seed"), py::arg("index"), py::arg("block"), py::arg("tag"));
+  m.def("use_avx2", &lf::use_avx2, py::arg("wanted"));
+}

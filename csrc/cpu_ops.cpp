@@ -1,0 +1,140 @@
+#include "cpu_ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "philox.h"
+#include "thread_pool.h"
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define LF_HAS_AVX2_PATH 1
+#include <immintrin.h>
+#else
+#define LF_HAS_AVX2_PATH 0
+#endif
+
+namespace lf {
+
+constexpr int64_t kMaskRows = 16;   // short rows whose SRHT masks are kept at a time: 8 KB at B = 64
+constexpr int64_t kSjltTile = 256;  // entries whose buckets are kept at a time
+
+namespace portable {
+#include "cpu_kernels.inl"
+}
+
+#if LF_HAS_AVX2_PATH
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+#define LF_AVX2
+namespace avx2 {
+#include "cpu_kernels.inl"
+}
+#undef LF_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace {
+
+std::atomic<bool> avx2_wanted{true};
+
+bool avx2_in_use() {
+#if LF_HAS_AVX2_PATH
+  static const bool available = __builtin_cpu_supports("avx2");
+  return available && avx2_wanted.load(std::memory_order_relaxed);
+#else
+  return false;
+#endif
+}
+
+#if LF_HAS_AVX2_PATH
+#define LF_DISPATCH(call) (avx2_in_use() ? avx2::call : portable::call)
+#else
+#define LF_DISPATCH(call) portable::call
+#endif
+
+// Cuts [0, n) into `parts` nearly equal pieces.
+struct Split {
+  int64_t n, parts;
+  int64_t begin(int64_t i) const { return n * i / parts; }
+};
+
+}  // namespace
+
+bool use_avx2(bool wanted) {
+  avx2_wanted.store(wanted);
+  return avx2_in_use();
+}
+
+void accumulate_srht(const Features& features, const Gradients& grads, const Precondition& rule, int64_t rho_base,
+                     int64_t block, uint64_t seed, int threads) {
+  // Masks are expanded once per group of examples, so groups are large; with few examples the slots are split too.
+  const int64_t slots = features.dim / block;
+  const Split examples{grads.n, std::min<int64_t>(grads.n, threads)};
+  const Split groups{slots, std::min(slots, std::max<int64_t>(1, threads / std::max<int64_t>(examples.parts, 1)))};
+  parallel_for(examples.parts * groups.parts, threads, [&](int64_t task) {
+    const int64_t e = task / groups.parts, g = task % groups.parts;
+    std::vector<uint32_t> masks(2 * kMaskRows * block);
+    std::vector<float> scratch(block);
+    LF_DISPATCH(srht_tile(features, grads, rule, rho_base, block, seed, examples.begin(e), examples.begin(e + 1),
+                          groups.begin(g), groups.begin(g + 1), masks.data(), scratch.data()));
+  });
+}
+
+void accumulate_sjlt(const Features& features, const Gradients& grads, const Precondition& rule, int64_t j_base,
+                     int64_t short_stride, int64_t long_stride, int64_t nnz, uint64_t seed, int threads) {
+  const Split examples{grads.n, std::min<int64_t>(grads.n, threads)};
+  parallel_for(examples.parts, threads, [&](int64_t e) {
+    std::vector<uint32_t> bucket(kSjltTile * nnz), mask(kSjltTile * nnz);
+    LF_DISPATCH(sjlt_tile(features, grads, rule, j_base, short_stride, long_stride, nnz, seed, examples.begin(e),
+                          examples.begin(e + 1), bucket.data(), mask.data()));
+  });
+}
+
+void rademacher_columns(float* out, const int64_t* index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+  const Split rows{n, std::min<int64_t>(n, threads)};
+  parallel_for(rows.parts, threads, [&](int64_t part) {
+    for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
+      LF_DISPATCH(rademacher_row(out + i * dim, index[i], dim, seed));
+  });
+}
+
+void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+  const Split rows{n, std::min<int64_t>(n, threads)};
+  parallel_for(rows.parts, threads, [&](int64_t part) {
+    for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
+      for (int64_t start = 0; start < dim; start += 4) {
+        const Words drawn = philox(seed, index[i], static_cast<uint32_t>(start / 4), kTagGaussian);
+        float normal[4];
+        for (int pair = 0; pair < 2; ++pair) {
+          const float u1 = (static_cast<float>(drawn.w[2 * pair] >> 9) + 0.5f) * 0x1p-23f;
+          const float u2 = (static_cast<float>(drawn.w[2 * pair + 1] >> 9) + 0.5f) * 0x1p-23f;
+          const float radius = std::sqrt(-2.0f * std::log(u1)), angle = 6.283185307179586f * u2;
+          normal[2 * pair] = radius * std::cos(angle);
+          normal[2 * pair + 1] = radius * std::sin(angle);
+        }
+        std::memcpy(out + i * dim + start, normal, sizeof(float) * std::min<int64_t>(4, dim - start));
+      }
+  });
+}
+
+void precondition(float* out, const Gradients& grads, const Precondition& rule, int threads) {
+  const int64_t size = grads.n_short * grads.n_long;
+  const Split examples{grads.n, std::min<int64_t>(grads.n, threads)};
+  parallel_for(examples.parts, threads, [&](int64_t e) {
+    for (int64_t n = examples.begin(e); n < examples.begin(e + 1); ++n)
+      LF_DISPATCH(apply(rule, grads.data + n * grads.stride_n, 0, size, out + n * size));
+  });
+}
+
+}  // namespace lf

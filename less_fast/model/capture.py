@@ -1,0 +1,100 @@
+"""Capture: forward and backward with hooks that hand over each Linear's input and output gradient, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from less_fast.errors import LessFastError
+from less_fast.model.loss import LabelPositions, example_losses, label_logits
+from less_fast.model.sites import Site
+
+# Receives (site, input (n, T, D_in), output gradient (n, T, D_out)); n is N, or 1 for a module after the label gather.
+Receiver = Callable[[Site, Tensor, Tensor], None]
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Within the context every module is in eval mode (dropout off) and no parameter requires a gradient.
+
+    Autograd then computes no batch-summed weight gradient; both states are put back as they were.
+    """
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in training:
+        module.training = False
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within the context CUDA operations that have a deterministic form (attention's backward above all) use it."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@contextmanager
+def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[None]:
+    """Within the context each site's module calls ``receive`` in the backward pass of every forward pass.
+
+    The first captured output of the network is made to require a gradient, which is where backward will end: nothing
+    below it is differentiated.
+    """
+    called: set[int] = set()
+
+    def forward_hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def on_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if site.index in called:
+                raise LessFastError(
+                    f"the module of {site.name} is called more than once in a forward pass; "
+                    "shared modules are not supported"
+                )
+            called.add(site.index)
+            value: Tensor = args[0]
+            if value.ndim != 3:
+                raise LessFastError(
+                    f"the module of {site.name} gets an input of shape {tuple(value.shape)}; expected (N, T, width)"
+                )
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            value = value.detach()
+            output.register_hook(lambda gradient: receive(site, value, gradient))
+
+        return on_forward
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.module.register_forward_hook(forward_hook(site)).remove)
+        yield
+
+
+def run(
+    model: nn.Module, sites: Sequence[Site], input_ids: Tensor, labels: LabelPositions, receive: Receiver
+) -> Tensor:
+    """One forward and backward pass of the sum of the examples' losses; returns the losses, float32 (N,)."""
+    with torch.enable_grad(), deterministic(input_ids.device), frozen_eval(model), hooked(sites, receive):
+        losses = example_losses(label_logits(model, input_ids, labels), labels)
+        losses.sum().backward()
+    return losses.detach()

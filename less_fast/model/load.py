@@ -1,0 +1,132 @@
+"""Load a causal language model, its tokenizer and its LoRA adapter from local folders (or the hub)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from less_fast.errors import LessFastError
+from less_fast.model.sites import embedding_rows
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto`` is the first CUDA device, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise LessFastError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise LessFastError(f"device is {device!r}, but torch finds no CUDA device on this machine; use cpu")
+    return chosen
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer saved with a model or an adapter."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise LessFastError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+
+
+def load_model(
+    model_path: str | Path, adapter_path: str | Path | None = None, *, dtype: str = "float32", device: str = "auto"
+) -> tuple[nn.Module, Any]:
+    """A causal LM in eval mode and its tokenizer.
+
+    Parameters
+    ----------
+    model_path : a folder or hub name of a Hugging Face model, or of a PEFT adapter (its base model is then loaded).
+    adapter_path : a PEFT adapter to put on the model.
+    dtype : float32, bfloat16 or float16, of the base weights. LoRA weights keep the dtype they were saved in, at
+        least that of the base.
+    device : auto, cpu, cuda or cuda:N.
+
+    Raises
+    ------
+    LessFastError
+        for a folder that is missing or no model, and a tokenizer with more tokens than the embedding has rows.
+    """
+    if dtype not in _DTYPES:
+        raise LessFastError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    place = pick_device(device)
+    if adapter_path is None and (Path(model_path) / "adapter_config.json").exists():
+        adapter_path, model_path = model_path, _base_of(Path(model_path))
+    _require_folder(model_path)
+    if adapter_path is not None:
+        _require_folder(adapter_path)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=_DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise LessFastError(f"{model_path}: no causal language model could be loaded ({_first_line(error)})") from error
+    has_own_tokenizer = adapter_path is not None and (Path(adapter_path) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(adapter_path if has_own_tokenizer and adapter_path is not None else model_path)
+    check_vocabulary(model, tokenizer, str(model_path))
+    if adapter_path is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter_path))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise LessFastError(
+                f"{adapter_path}: the adapter does not fit {model_path} ({_first_line(error)})"
+            ) from error
+    model.eval()
+    return model.to(place), tokenizer
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any, where: str) -> None:
+    """Raise LessFastError where the tokenizer has ids that the embedding has no row for."""
+    rows = embedding_rows(model)
+    if rows is not None and len(tokenizer) > rows:
+        raise LessFastError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens but the model's embedding has {rows} rows; "
+            "use the tokenizer the model was trained with, or resize the embedding before saving the model"
+        )
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """``model``: names, shapes and 64 evenly spaced values of every base weight; ``adapter``: every LoRA value."""
+    base, adapter = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if not isinstance(parameter, torch.Tensor):
+            continue
+        is_adapter = "lora_" in name
+        flat = parameter.detach().reshape(-1)
+        if not is_adapter and flat.numel() > 64:
+            flat = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
+        target = adapter if is_adapter else base
+        target.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        target.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"model": base.hexdigest(), "adapter": adapter.hexdigest()}
+
+
+def _base_of(adapter: Path) -> str:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise LessFastError(f"{adapter}: adapter_config.json names no base model; give the base model's path too")
+    return str(base)
+
+
+def _require_folder(path: str | Path) -> None:
+    # A hub name has at most one slash and does not start like a path.
+    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise LessFastError(f"{path}: no such folder; expected a saved model or adapter")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,106 @@
+"""The per-example loss: each example's mean cross-entropy over its own label tokens, logits at those positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from less_fast.errors import LessFastError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LabelPositions:
+    """Where a batch's labels are. M is their number.
+
+    ``example``: (M,) int64, the row of each, ascending. ``position``: (M,) the token whose logits predict it.
+    ``target``: (M,) the label. ``counts``: (N,) labels of each example.
+    """
+
+    example: Tensor
+    position: Tensor
+    target: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> LabelPositions:
+        """From (N, T) labels, -100 where masked; token t predicts label t + 1."""
+        shifted = labels[:, 1:]
+        mask = shifted != IGNORED
+        example, position = mask.nonzero(as_tuple=True)
+        return cls(example, position, shifted[mask], mask.sum(1))
+
+
+def right_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels`` with each row's tokens moved to its front and the columns of padding alone cut off.
+
+    Where padding is on the right, a causal model's real tokens cannot see it, so no attention mask is needed and the
+    positions are those of the example alone.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    labels = batch["labels"]
+    if mask is not None:
+        mask = mask.bool()
+        lengths = mask.sum(1)
+        longest = int(lengths.max()) if len(lengths) else 0
+        prefix = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        if not torch.equal(prefix, mask):
+            order = torch.argsort(~mask, dim=1, stable=True)
+            ids, labels = ids.gather(1, order), labels.gather(1, order)
+        labels = torch.where(prefix, labels, IGNORED)
+        ids, labels = ids[:, :longest], labels[:, :longest]
+    return {"input_ids": ids, "labels": labels}
+
+
+@contextmanager
+def logits_at(model: nn.Module, labels: LabelPositions) -> Iterator[None]:
+    """Within the context the output head sees the hidden states of label positions alone: logits are (1, M, V).
+
+    Everything the model does to logits after its head (scaling, soft-capping) is element-wise and stays in place.
+    """
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is None:
+        yield
+        return
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden[labels.example, labels.position].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def label_logits(model: nn.Module, input_ids: Tensor, labels: LabelPositions) -> Tensor:
+    """Run the model and return the logits that predict the labels: (M, V)."""
+    with logits_at(model, labels):
+        output = model(input_ids=input_ids, use_cache=False)
+    logits: Tensor = output.logits
+    n, length = input_ids.shape
+    if logits.shape[:2] == (1, labels.target.numel()):
+        return logits[0]
+    if logits.shape[:2] == (n, length):
+        return logits[labels.example, labels.position]
+    raise LessFastError(
+        f"the model's logits have shape {tuple(logits.shape)}; "
+        f"expected ({n}, {length}, vocabulary) for input_ids of {n} x {length}"
+    )
+
+
+def example_losses(logits: Tensor, labels: LabelPositions) -> Tensor:
+    """(M, V) logits -> (N,) float32: each example's mean cross-entropy; 0 for an example without labels."""
+    token_losses = nn.functional.cross_entropy(logits.float(), labels.target, reduction="none")
+    losses = token_losses.new_zeros(labels.counts.shape[0])
+    weights = 1.0 / labels.counts.clamp(min=1).to(token_losses.dtype)
+    return losses.index_add(0, labels.example, token_losses * weights[labels.example])

@@ -1,0 +1,98 @@
+"""The ``cpu`` backend: calls into the C++ module with addresses and sizes."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from less_fast.layout import Parameter
+from less_fast.ops.reference import global_index
+from less_fast.ops.rule import Rule
+from less_fast.projection import Projection
+
+# Bytes of the tile of +-1s or normals that a dense sketch generates at a time.
+_TILE_BYTES = 8 << 20
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("less_fast._cpu"), None
+    except ImportError as error:
+        return None, f"the C++ module less_fast._cpu is not available ({error}); reinstall with a C++ compiler"
+
+
+_cpu, _reason = _load()
+
+
+def supports(features: Tensor, grads: Tensor, projection: Projection) -> str | None:
+    """None where this backend can run the call, else the reason why not."""
+    if _reason is not None:
+        return _reason
+    for name, tensor in (("features", features), ("gradients", grads)):
+        if tensor.device.type != "cpu":
+            return f"{name} are on {tensor.device}, and this backend runs on the CPU"
+        if tensor.dtype != torch.float32:
+            return f"{name} are {tensor.dtype}, and this backend computes in float32"
+    return None
+
+
+def _module() -> Any:
+    assert _cpu is not None, _reason
+    return _cpu
+
+
+def accumulate_cpu(
+    features: Tensor, grads: Tensor, parameter: Parameter, run_base: int, projection: Projection, rule: Rule
+) -> None:
+    """Features (N, K) += sketch of rule(grads): float32, rows of features contiguous, each example's (S, L) too."""
+    module, threads = _module(), torch.get_num_threads()
+    gradients = module.Gradients(grads.data_ptr(), grads.shape[0], grads.stride(0), grads.shape[1], grads.shape[2])
+    if projection.kind in ("srht", "sjlt"):
+        target = module.Features(features.data_ptr(), features.shape[1], features.stride(0))
+        if projection.kind == "srht":
+            module.accumulate_srht(target, gradients, _rule(rule), run_base, projection.block, projection.seed, threads)
+        else:
+            strides = parameter.short_stride, parameter.long_stride
+            module.accumulate_sjlt(
+                target, gradients, _rule(rule), parameter.offset, *strides, projection.nnz, projection.seed, threads
+            )
+        return
+    width = max(1, _TILE_BYTES // (4 * projection.dim * parameter.short))
+    if projection.kind == "identity":
+        width = parameter.long
+    for start in range(0, parameter.long, width):
+        stop = min(start + width, parameter.long)
+        u = preconditioned(grads[:, :, start:stop].contiguous(), rule.columns(start, stop)).flatten(1)
+        index = global_index(parameter, start, stop, grads.device).flatten()
+        if projection.kind == "identity":
+            features[:, index] += u
+        else:
+            features.addmm_(u, dense_columns(index, projection), alpha=1 / math.sqrt(projection.dim))
+
+
+def preconditioned(grads: Tensor, rule: Rule) -> Tensor:
+    """rule(grads) for contiguous float32 (N, S, L)."""
+    if rule.kind == "none":
+        return grads
+    module, out = _module(), torch.empty_like(grads)
+    gradients = module.Gradients(grads.data_ptr(), grads.shape[0], grads.stride(0), grads.shape[1], grads.shape[2])
+    module.precondition(out.data_ptr(), gradients, _rule(rule), torch.get_num_threads())
+    return out
+
+
+def dense_columns(index: Tensor, projection: Projection) -> Tensor:
+    """Columns of sqrt(K)·Pi for ``rademacher`` and ``gaussian``: float32 (n, K); ``index`` int64 (n,), contiguous."""
+    generate = getattr(_module(), f"{projection.kind}_columns")
+    out = torch.empty(index.numel(), projection.dim)
+    generate(out.data_ptr(), index.data_ptr(), index.numel(), projection.dim, projection.seed, torch.get_num_threads())
+    return out
+
+
+def _rule(rule: Rule) -> Any:
+    a, b = (0, 0) if rule.a is None or rule.b is None else (rule.a.data_ptr(), rule.b.data_ptr())
+    return _module().Precondition(rule.code, a, b, rule.alpha, rule.gamma, rule.e)

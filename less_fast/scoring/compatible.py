@@ -1,0 +1,50 @@
+"""Which stores may be compared: features of other projections, parameters or examples give scores that mean nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from less_fast.errors import LessFastError
+from less_fast.store import FeatureStore
+
+
+def check_pair(train: FeatureStore, target: FeatureStore) -> None:
+    """Raise LessFastError unless both stores hold functions of the same gradient entries in the same features.
+
+    Warns where they were made with different models or adapters: legal, but seldom meant.
+    """
+    if not train.projection.same_matrix(target.projection):
+        raise _differ(train, target, "projection", train.projection, target.projection)
+    if train.dim != target.dim:
+        raise _differ(train, target, "dim", train.dim, target.dim)
+    for name, ours, theirs in _shared_facts(train, target, "layout_hash"):
+        raise _differ(train, target, name, ours, theirs)
+    for name, _, _ in _shared_facts(train, target, "model", "adapter"):
+        warnings.warn(f"{train.path} and {target.path} were made with different {name}s", stacklevel=3)
+
+
+def check_checkpoints(stores: Sequence[FeatureStore]) -> None:
+    """Raise LessFastError unless all stores hold the same examples in the same order."""
+    first = stores[0]
+    for other in stores[1:]:
+        if len(first) != len(other):
+            raise _differ(first, other, "number of rows", len(first), len(other))
+        if first.rows_hash != other.rows_hash:
+            raise _differ(first, other, "ids, datasets or subtasks of the rows", first.rows_hash, other.rows_hash)
+        for name, ours, theirs in _shared_facts(first, other, "examples"):
+            raise _differ(first, other, name, ours, theirs)
+
+
+def _shared_facts(a: FeatureStore, b: FeatureStore, *names: str) -> Iterator[tuple[str, Any, Any]]:
+    for name in names:
+        if name in a.facts and name in b.facts and a.facts[name] != b.facts[name]:
+            yield name, a.facts[name], b.facts[name]
+
+
+def _differ(a: FeatureStore, b: FeatureStore, name: str, ours: Any, theirs: Any) -> LessFastError:
+    return LessFastError(
+        f"{a.path} and {b.path} cannot be compared: {name} is ({ours}) in the first and ({theirs}) in the second; "
+        "extract one of them again with the settings of the other"
+    )

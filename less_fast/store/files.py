@@ -1,0 +1,134 @@
+"""Files that appear whole or not at all, the lock that keeps a second writer out, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from less_fast.errors import LessFastError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there the lock is left out
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY_SUFFIX = ".tmp"
+LOCK_NAME = ".lock"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    The bytes are on the disk before the name is, and the name is before this returns: a crash at any instant leaves
+    either the old file, or the new one, plus at most one ``*.tmp`` beside it.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with open(temporary, "wb") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the file system lets one ask for it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left in a folder; call it with the lock held."""
+    for path in folder.glob("*" + TEMPORARY_SUFFIX):
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    """Raise LessFastError if the file system of ``path`` (there or not yet) has fewer than ``needed`` bytes free."""
+    free = _free_bytes(path)
+    if free < needed:
+        raise LessFastError(
+            f"{path} needs {needed / 1e9:.3g} GB more on the disk, but only {free / 1e9:.3g} GB is free there; "
+            "free some space, choose another folder, a smaller dim or dtype float16"
+        )
+
+
+def _free_bytes(path: Path) -> int:
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def failed_write(path: Path, error: OSError, outlook: str) -> LessFastError:
+    """The error to raise for an ``OSError`` while writing ``path``; ``outlook`` says what is kept and how to go on."""
+    if error.errno in _DISK_FULL:
+        reason = f"the disk is full ({_free_bytes(path) / 1e9:.3g} GB free)"
+    else:
+        reason = error.strerror or str(error)
+    return LessFastError(f"cannot write {path}: {reason}; {outlook}")
+
+
+class FolderLock:
+    """An exclusive advisory lock on a folder, held from construction until :meth:`release` or the process's end.
+
+    Raises LessFastError if another process (or another object of this one) holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK_NAME
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise LessFastError(
+                    f"{folder} is being written by another process; wait until it ends, or choose another folder"
+                ) from None
+            # The last holder may have removed the file between our open and our lock: then this lock is worth nothing.
+            try:
+                current = os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+            except FileNotFoundError:
+                current = False
+            if current:
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Remove the lock file and let others in; a second call does nothing."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None

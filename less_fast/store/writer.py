@@ -1,0 +1,223 @@
+"""``StoreWriter``: makes a feature store shard by shard, and goes on where a killed writer stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.store import manifest as manifests
+from less_fast.store.codec import Array
+from less_fast.store.files import (
+    LOCK_NAME,
+    TEMPORARY_SUFFIX,
+    FolderLock,
+    atomic_file,
+    check_free_space,
+    failed_write,
+    remove_temporaries,
+    sha256_of,
+    sync_folder,
+)
+from less_fast.store.manifest import Manifest, ShardEntry, differences, shard_file
+from less_fast.store.reader import FeatureStore
+from less_fast.store.rows import Rows
+from less_fast.store.shard import Status, encode_shard, open_shard, shard_bytes, shard_tensors, write_shard
+
+_MAX_DIFFERENCES = 8
+
+
+class StoreWriter:
+    """Creates the store at ``path``, or re-opens it to write what is still missing.
+
+    Parameters
+    ----------
+    path : the store's folder; made, with its parents, if it is not there.
+    facts : what the features are made with, as JSON values. A store is only resumed with the same ones.
+    rows : id, dataset and subtask of every row, in dataset order.
+    dim : K.
+    dtype : ``float32``, ``float16`` or ``bfloat16``.
+    shard_size : rows per shard; the last shard may have fewer.
+
+    Raises
+    ------
+    LessFastError
+        if the folder holds something else, was begun with other settings (each one is named, old -> new), is being
+        written by another process, or the disk has too little room for what is missing.
+
+    Whatever instant a writer is killed at, the next one with the same arguments, given the same features, makes a store
+    that is the same in every byte.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str], facts: Mapping[str, Any], rows: Rows, *, dim: int, dtype: str, shard_size: int
+    ) -> None:
+        self.path = Path(path)
+        plain_facts = json.loads(json.dumps(dict(facts), allow_nan=False))
+        table = rows.to_parquet()
+        wanted = Manifest(len(rows), dim, dtype, shard_size, plain_facts, rows.hash, hashlib.sha256(table).hexdigest())
+        self._check_room(wanted, len(table))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path.parent)
+            self._lock = FolderLock(self.path)
+            try:
+                self._manifest = self._open(wanted, table)
+            except BaseException:
+                self.release()
+                raise
+        except OSError as error:
+            raise failed_write(self.path, error, "nothing that was finished is lost") from error
+
+    def _check_room(self, wanted: Manifest, table_bytes: int) -> None:
+        windows = [wanted.bounds(shard) for shard in range(wanted.n_shards)]
+        needed = sum(shard_bytes(wanted.codec, stop - start, wanted.dim) for start, stop in windows)
+        there = sum(file.stat().st_size for file in (self.path / manifests.SHARDS_NAME).glob("*.safetensors"))
+        check_free_space(self.path, needed + table_bytes - there)
+
+    def _open(self, wanted: Manifest, table: bytes) -> Manifest:
+        """With the lock held: create or adopt what is in the folder, and bring manifest and rows up to date."""
+        begun = (self.path / manifests.FILE_NAME).exists()
+        if begun:
+            found = Manifest.read(self.path)
+            self._check_same(found, wanted)
+        else:
+            ours = {LOCK_NAME, manifests.FILE_NAME + TEMPORARY_SUFFIX}
+            if foreign := sorted({entry.name for entry in self.path.iterdir()} - ours):
+                raise LessFastError(f"{self.path} holds {foreign[0]} and is not a feature store; choose another folder")
+            found = wanted
+        remove_temporaries(self.path)
+        # The manifest comes first: with it there, whatever else lies in the folder is known to be ours.
+        if not begun:
+            wanted.write(self.path)
+        (self.path / manifests.SHARDS_NAME).mkdir(exist_ok=True)
+        remove_temporaries(self.path / manifests.SHARDS_NAME)
+        rows_path = self.path / manifests.ROWS_NAME
+        if not rows_path.exists() or sha256_of(rows_path) != wanted.rows_sha256:
+            with atomic_file(rows_path) as file:
+                file.write(table)
+        manifest = replace(wanted, shards=self._shards_on_disk(found))
+        if manifest != found:
+            manifest.write(self.path)
+        return manifest
+
+    def _check_same(self, found: Manifest, wanted: Manifest) -> None:
+        lines = differences(found.settings(), wanted.settings())
+        if lines:
+            more = len(lines) - _MAX_DIFFERENCES
+            text = "; ".join(lines[:_MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise LessFastError(
+                f"{self.path} was begun with other settings (old -> new): {text}; "
+                "resume with the old ones, or choose another folder"
+            )
+
+    def _shards_on_disk(self, found: Manifest) -> dict[int, ShardEntry]:
+        """The table of the shards that are whole: listed ones of the right size, and whole ones not listed yet."""
+        shards: dict[int, ShardEntry] = {}
+        for shard in range(found.n_shards):
+            listed = found.shards.get(shard)
+            file = listed.file if listed else shard_file(shard)
+            path = self.path / file
+            if listed and path.exists() and path.stat().st_size == listed.bytes:
+                shards[shard] = listed
+            elif listed and not path.exists():
+                warnings.warn(f"{path} is missing; it will be made again", stacklevel=4)
+            elif path.exists():
+                try:
+                    shards[shard] = self._adopt(found, shard, file)
+                except CorruptStoreError:
+                    warnings.warn(f"{path} is damaged; it will be made again", stacklevel=4)
+                    path.unlink()
+        return shards
+
+    def _adopt(self, found: Manifest, shard: int, file: str) -> ShardEntry:
+        path = self.path / file
+        start, stop = found.bounds(shard)
+        metadata = open_shard(path, shard_tensors(found.codec, stop - start, found.dim)).metadata
+        try:
+            if (metadata["start"], metadata["stop"]) != (str(start), str(stop)):
+                raise ValueError
+            facts = json.loads(metadata["facts"])
+        except (KeyError, ValueError):
+            raise CorruptStoreError(f"{path}: its metadata is not that of shard {shard}") from None
+        return ShardEntry(file, start, stop, sha256_of(path), path.stat().st_size, facts)
+
+    def pending(self) -> list[int]:
+        """Numbers of the shards that are not there yet, ascending."""
+        return self._manifest.pending
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the row after its last."""
+        return self._manifest.bounds(shard)
+
+    def shard_facts(self) -> list[dict[str, Any]]:
+        """The facts given with each shard that is there, ascending."""
+        return [dict(self._manifest.shards[shard].facts) for shard in sorted(self._manifest.shards)]
+
+    def write(
+        self,
+        shard: int,
+        features: ArrayLike,
+        status: ArrayLike,
+        n_tokens: ArrayLike,
+        n_labels: ArrayLike,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put a pending shard on the disk: whole and durable when this returns, not there at all if it raises.
+
+        ``features`` float32 (n, K) in dataset order; ``status`` uint8 (n,), see :class:`Status`; ``n_tokens`` and
+        ``n_labels`` int32 (n,). Rows that are not OK are stored as zeros; OK rows that are not finite become
+        NON_FINITE. ``facts``: JSON values about this shard alone. Raises LessFastError if the disk is full.
+        """
+        if shard not in self.pending():
+            raise LessFastError(f"shard {shard} of {self.path} is not pending")
+        start, stop = self.bounds(shard)
+        arrays: dict[str, Array] = {
+            "features": np.asarray(features, np.float32),
+            "status": np.asarray(status, np.uint8),
+            "n_tokens": np.asarray(n_tokens, np.int32),
+            "n_labels": np.asarray(n_labels, np.int32),
+        }
+        for name, array in arrays.items():
+            shape = (stop - start, self._manifest.dim) if name == "features" else (stop - start,)
+            if array.shape != shape:
+                raise LessFastError(f"{name} of shard {shard} have shape {array.shape}; expected {shape}")
+        if (arrays["status"] > Status.NON_FINITE).any():
+            raise LessFastError(f"status of shard {shard} holds {arrays['status'].max()}; expected 0, 1 or 2")
+        plain_facts = json.loads(json.dumps(dict(facts or {}), allow_nan=False))
+        metadata = {"start": str(start), "stop": str(stop), "facts": json.dumps(plain_facts, sort_keys=True)}
+        codec = self._manifest.codec
+        tensors = {**arrays, **encode_shard(codec, arrays["features"], arrays["status"])}
+        specs = shard_tensors(codec, stop - start, self._manifest.dim)
+        path = self.path / shard_file(shard)
+        try:
+            sha256, size = write_shard(path, tensors, specs, metadata)
+            self._manifest.shards[shard] = ShardEntry(shard_file(shard), start, stop, sha256, size, plain_facts)
+            self._manifest.write(self.path)
+        except OSError as error:
+            done = f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished"
+            raise failed_write(path, error, f"{done} and stay; make room and repeat the command to resume") from error
+
+    def close(self) -> FeatureStore:
+        """Let go of the store and open it for reading; raises LessFastError if shards are missing."""
+        self.release()
+        return FeatureStore(self.path)
+
+    def release(self) -> None:
+        """Let go of the store, finished or not; a second call does nothing."""
+        self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

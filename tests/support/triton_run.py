@@ -1,0 +1,108 @@
+"""Run launchers of less_fast.kernels in Triton's interpreter, which needs a process of its own, or on a CUDA device.
+
+Triton decides at import whether kernels are interpreted, so one process cannot both interpret and compile them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+Run = Callable[..., Any]
+
+
+def kernels(name: str) -> ModuleType:
+    """The module less_fast.kernels.``name``; skips (fails under LESS_FAST_STRICT=1) where Triton is not installed."""
+    require_triton()
+    return importlib.import_module(f"less_fast.kernels.{name}")
+
+
+def require_triton() -> None:
+    if importlib.util.find_spec("triton") is not None:
+        return
+    if os.environ.get("LESS_FAST_STRICT") == "1":
+        pytest.fail("triton is not installed, and LESS_FAST_STRICT=1 allows no skipping")
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def interpreted(launcher: str, *args: Any) -> Any:
+    """Run "module.launcher" as if on CUDA tensors: it writes to its first argument, or returns tensors."""
+    return _run(lambda packed: _worker().submit(_call, launcher, packed).result(), args)
+
+
+def on_cuda(launcher: str, *args: Any) -> Any:
+    """The same on the current CUDA device."""
+    return _run(lambda packed: _call(launcher, packed, "cuda"), args)
+
+
+def runners() -> list[Any]:
+    """Parameters of a fixture: the interpreter and, marked ``gpu``, the device."""
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return [
+        pytest.param(interpreted, id="interpreter"),
+        pytest.param(on_cuda, id="cuda", marks=[pytest.mark.gpu, absent]),
+    ]
+
+
+@functools.cache
+def _worker() -> ProcessPoolExecutor:
+    """One process for all tests; concurrent.futures ends it at exit."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret)
+
+
+@dataclass(frozen=True)
+class _Strided:
+    """A CPU tensor with all of its storage, which pickling a view would drop."""
+
+    storage: np.ndarray
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Strided:
+        storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        return cls(storage.numpy(), tuple(x.shape), x.stride(), int(x.storage_offset()))
+
+
+def _run(call: Callable[[list[Any]], tuple[np.ndarray, list[np.ndarray]]], args: Sequence[Any]) -> Any:
+    packed = [_Strided.of(x) if isinstance(x, Tensor) else x for x in args]
+    written, results = call(packed)
+    if isinstance(packed[0], _Strided):
+        packed[0].storage[:] = written
+    tensors = tuple(torch.from_numpy(result) for result in results)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _call(launcher: str, packed: Sequence[Any], device: str = "cpu") -> tuple[np.ndarray, list[np.ndarray]]:
+    """The first argument's storage after the launch (empty if it is no tensor), and the results."""
+    storages = [torch.from_numpy(x.storage).to(device) if isinstance(x, _Strided) else x for x in packed]
+    args = [
+        storage.as_strided(x.shape, x.stride, x.offset) if isinstance(x, _Strided) else x
+        for x, storage in zip(packed, storages)
+    ]
+    args = [torch.device(device) if isinstance(x, torch.device) else x for x in args]
+    module, name = launcher.split(".")
+    result = getattr(importlib.import_module(f"less_fast.kernels.{module}"), name)(*args)
+    written = storages[0].cpu().numpy() if isinstance(storages[0], Tensor) else np.empty(0)
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    return written, [x.cpu().numpy() for x in results]
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # which also fills torch.empty with NaN or the largest integer

@@ -1,0 +1,60 @@
+"""Batches: the plan's promises over random lengths, and padding."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from less_fast.data import IGNORED, Encoded, collate, plan_batches
+from less_fast.errors import LessFastError
+
+LENGTHS = st.lists(st.integers(0, 300), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 1000), most=st.none() | st.integers(1, 8))
+def test_plan_covers_every_example_once_within_its_budget(lengths, budget, most):
+    batches = plan_batches(lengths, budget, most)
+    order = [index for batch in batches for index in batch]
+    assert order == sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    for batch in batches:
+        assert batch
+        assert most is None or len(batch) <= most
+        assert max(lengths[index] for index in batch) * len(batch) <= budget or len(batch) == 1
+    assert plan_batches(tuple(lengths), budget, most) == batches
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 1000))
+def test_plan_starts_a_batch_only_when_the_next_example_does_not_fit(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    for batch, following in pairwise(batches):
+        assert max(lengths[following[0]], 1) * (len(batch) + 1) > budget
+
+
+def test_plan_of_known_lengths():
+    assert plan_batches([], 10) == []
+    assert plan_batches([5, 2, 2, 9, 30, 3], 10) == [[1, 2, 5], [0], [3], [4]]
+    assert plan_batches([5, 5, 5], 100, max_examples=2) == [[0, 1], [2]]
+    assert plan_batches([0] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(("budget", "most", "name"), [(0, None, "token_budget"), (5, 0, "max_examples")])
+def test_plan_refuses_empty_bounds(budget, most, name):
+    with pytest.raises(LessFastError, match=f"^{name} must be at least 1, found 0$"):
+        plan_batches([1], budget, most)
+
+
+def test_collate_pads_on_the_right():
+    batch = collate([Encoded([5, 6, 7], [IGNORED, 6, 7], False), Encoded([8], [8], True), Encoded([], [], False)], 9)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 9], [9, 9, 9]],
+        "labels": [[IGNORED, 6, 7], [8, IGNORED, IGNORED], [IGNORED] * 3],
+        "attention_mask": [[1, 1, 1], [1, 0, 0], [0, 0, 0]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert collate([], 0)["input_ids"].shape == (0, 0)

@@ -1,0 +1,242 @@
+"""extract(): equal to single features, the same bits after kill -9, statuses, out-of-memory, several outputs."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.models import adapted
+from support.tiny import write_examples, write_model
+
+from less_fast.data import collate, encode_all, load_examples
+from less_fast.errors import LessFastError
+from less_fast.extract import extract, extract_many
+from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
+from less_fast.model import load_model
+from less_fast.projection import Projection
+from less_fast.store import FeatureStore, Status
+
+SRHT = Projection("srht", 256, seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with an adapter, and 30 examples of very different lengths."""
+    root = tmp_path_factory.mktemp("extract")
+    write_model(root / "model")
+    write_examples(root / "pool.jsonl", 30)
+    model, _ = load_model(root / "model", device="cpu")
+    adapter = adapted(model)
+    adapter.save_pretrained(root / "adapter")
+    return root
+
+
+def run(folder: Path, out: Path, **settings: object) -> FeatureStore:
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    options = {"projection": SRHT, "tokenizer": tokenizer, "shard_size": 7, "token_budget": 200, "progress": False}
+    return extract(model, folder / "pool.jsonl", out, **{**options, **settings})
+
+
+def test_the_store_holds_the_features_in_dataset_order(folder: Path, tmp_path: Path) -> None:
+    store = run(folder, tmp_path / "store")
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    extractor = FeatureExtractor(model, SRHT)
+    examples = load_examples(folder / "pool.jsonl")
+    assert len(store) == 30 and store.rows.ids == examples.ids
+    for i, encoded in enumerate(encode_all(examples, tokenizer)):
+        alone = extractor(collate([encoded], 0))[0].numpy()
+        assert np.linalg.norm(store[i] - alone) < 1e-5 * np.linalg.norm(alone)
+        assert (store.n_tokens[i], store.n_labels[i]) == (len(encoded.input_ids), encoded.n_labels)
+    assert store.projection == SRHT and (store.status == Status.OK).all() and store.verify().ok
+    assert store.manifest["layout_hash"] == extractor.layout.hash
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(b)) for p in b.rglob("*") if p.is_file())
+    assert filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_extract
+print("ready", flush=True)
+test_extract.run(Path({folder!r}), Path({out!r}))
+"""
+
+
+def test_kill_and_resume_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    run(folder, tmp_path / "whole")
+    seconds = time.monotonic() - started
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(tmp_path / "killed"))
+    dice = random.Random(0)
+    killed = 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(dice.random() * seconds)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed >= 2
+    run(folder, tmp_path / "killed")
+    same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(folder, tmp_path / "store")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(MultiFeatureExtractor, "__call__", refuse)
+    assert np.array_equal(run(folder, tmp_path / "store")[:], first[:])
+
+
+def test_other_settings_are_refused_and_named(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "store")
+    with pytest.raises(LessFastError, match=r"seed.*5.*6"):
+        run(folder, tmp_path / "store", projection=Projection("srht", 256, seed=6))
+    with pytest.raises(LessFastError, match=r"max_length.*2048.*64"):
+        run(folder, tmp_path / "store", max_length=64)
+
+
+def test_several_outputs_share_one_pass(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    outputs = {tmp_path / "big": Output(SRHT), tmp_path / "small": Output(Projection("srht", 64, seed=5), "sign")}
+    stores = extract_many(
+        model,
+        folder / "pool.jsonl",
+        outputs,
+        tokenizer=tokenizer,
+        shard_size=7,
+        token_budget=200,
+        progress=False,
+    )
+    np.testing.assert_array_equal(stores[tmp_path / "big"][:], run(folder, tmp_path / "alone")[:])
+    signs = run(folder, tmp_path / "sign", projection=Projection("srht", 64, seed=5), precondition="sign")
+    np.testing.assert_array_equal(stores[tmp_path / "small"][:], signs[:])
+
+
+def test_rows_without_labels_or_not_finite_get_a_status(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    long = {
+        "id": "long",
+        "messages": [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "x"}],
+    }
+    poison = {"id": "poison", "messages": [{"role": "user", "content": "@"}, {"role": "assistant", "content": "@"}]}
+    fine = {"id": "fine", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    token = tokenizer("@", add_special_tokens=False)["input_ids"][-1]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.inf
+    store = extract(
+        model,
+        [fine, long, poison, fine],
+        tmp_path / "store",
+        projection=SRHT,
+        tokenizer=tokenizer,
+        max_length=40,
+        progress=False,
+    )
+    assert store.status.tolist() == [Status.OK, Status.NO_LABELS, Status.NON_FINITE, Status.OK]
+    assert not store[1:3].any() and np.isfinite(store[:]).all() and store[0].any()
+    assert "1 of 4 examples were cut" in caplog.text
+    assert "have no label token" in caplog.text and "long" in caplog.text
+    assert "non-finite" in caplog.text and "poison" in caplog.text
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(folder, tmp_path / "whole")
+    original = MultiFeatureExtractor.__call__
+
+    def limited(self: MultiFeatureExtractor, batch: dict[str, torch.Tensor]) -> object:
+        if batch["input_ids"].numel() > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, batch)
+
+    monkeypatch.setattr(MultiFeatureExtractor, "__call__", limited)
+    store = run(folder, tmp_path / "limited", token_budget=800)
+    budgets = [shard["facts"]["token_budget"] for shard in store.manifest["shards"]]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] < 200
+    assert "token budget is now 400" in caplog.text
+    np.testing.assert_allclose(store[:], whole[:], rtol=1e-3, atol=1e-5 * np.abs(whole[:]).max())
+    # Resuming starts from the smallest budget that was needed, so that the bits do not depend on interruptions.
+    last = tmp_path / "limited" / store.manifest["shards"][-1]["file"]
+    before = last.read_bytes()
+    last.unlink()
+    with pytest.warns(UserWarning, match="missing"):
+        run(folder, tmp_path / "limited", token_budget=800)
+    assert last.read_bytes() == before
+    monkeypatch.setattr(MultiFeatureExtractor, "__call__", lambda self, batch: limited(self, {"input_ids": ids(1000)}))
+    with pytest.raises(LessFastError, match="single example"):
+        run(folder, tmp_path / "impossible")
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.zeros(1, n, dtype=torch.long)
+
+
+def test_bad_settings_are_named(folder: Path, tmp_path: Path) -> None:
+    for settings, word in [({"token_budget": 0}, "token_budget"), ({"max_length": 0}, "max_length")]:
+        with pytest.raises(LessFastError, match=word):
+            run(folder, tmp_path / "store", **settings)
+    with pytest.raises(LessFastError, match="no such"):
+        model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+        extract(model, tmp_path / "absent.jsonl", tmp_path / "store", tokenizer=tokenizer)
+
+
+def test_load_model_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LessFastError, match="no such folder"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LessFastError, match="no causal language model"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(LessFastError, match="dtype"):
+        load_model(folder / "model", dtype="int8")
+    with pytest.raises(LessFastError, match="device"):
+        load_model(folder / "model", device="gpu!")
+    model, tokenizer = load_model(folder / "model", device="cpu")
+    tokenizer.add_tokens([f"<extra-{i}>" for i in range(50)])
+    tokenizer.save_pretrained(tmp_path / "bigger")
+    model.save_pretrained(tmp_path / "bigger")
+    with pytest.raises(LessFastError, match=r"tokenizer has \d+ tokens but the model's embedding has \d+ rows"):
+        load_model(tmp_path / "bigger")
+    # An adapter's own folder is enough where it names its base.
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == folder / "model"
+    again, _ = load_model(folder / "adapter", device="cpu")
+    assert any("lora_A" in name for name, _ in again.named_parameters())
+
+
+@pytest.mark.skipif("LESS_FAST_DATA" not in os.environ, reason="LESS_FAST_DATA is not set: no real examples")
+def test_real_examples_and_a_real_model(tmp_path: Path) -> None:
+    data = Path(os.environ["LESS_FAST_DATA"])
+    model, tokenizer = load_model(data / "models/stories260K-hf", device="cpu")
+    model = adapted(model)
+    examples = load_examples(data / "pool_2k.jsonl.gz").take(range(40))
+    store = extract(
+        model, examples, tmp_path / "s", projection=SRHT, tokenizer=tokenizer, max_length=256, progress=False
+    )
+    features, valid = store[:], store.status == Status.OK
+    assert valid.sum() >= 20 and np.isfinite(features).all() and (np.linalg.norm(features[valid], axis=1) > 0).all()

@@ -1,0 +1,274 @@
+"""Batched features against one backward pass per example in float64 and the explicit matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle
+from support.models import ARCHITECTURES, adapted, batch, causal_lm, gradients
+from torch import Tensor, nn
+
+from less_fast.errors import LessFastError
+from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
+from less_fast.layout import ParameterLayout
+from less_fast.optim.adam import AdamState
+from less_fast.optim.checkpoint import Moments
+from less_fast.projection import Projection
+
+TOLERANCE = 1e-5
+PROJECTIONS = [
+    Projection("identity", 1),
+    Projection("rademacher", 128, seed=1),
+    Projection("gaussian", 128, seed=2),
+    Projection("sjlt", 128, seed=3),
+    Projection("sjlt", 128, seed=3, nnz=4),
+    Projection("srht", 128, seed=4, block=16),
+    Projection("srht", 256, seed=4),
+]
+
+
+def adam_state(model: nn.Module, rule: str, scale: float = 0.01) -> AdamState:
+    """Moments about the size of these models' gradients."""
+    generator = torch.Generator().manual_seed(3)
+    moments = {
+        name: Moments(
+            torch.randn(p.shape, generator=generator) * scale,
+            (torch.rand(p.shape, generator=generator) + 0.01) * scale**2,
+            7,
+        )
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    return AdamState(moments, rule=rule)
+
+
+def adam_update(state: AdamState, names: list[str], grads: Tensor) -> Tensor:
+    """The rules as published, on the flat float64 gradient."""
+    m = torch.cat([state.moments[n].m.flatten() for n in names]).double()
+    v = torch.cat([state.moments[n].v.flatten() for n in names]).double()
+    if state.rule == "less":
+        return (0.9 * m + 0.1 * grads) / torch.sqrt(0.999 * v + 0.001 * grads**2 + 1e-8)
+    step = 7 + 1
+    m_hat = (0.9 * m + 0.1 * grads) / (1 - 0.9**step)
+    v_hat = (0.999 * v + 0.001 * grads**2) / (1 - 0.999**step)
+    return m_hat / (v_hat.sqrt() + 1e-8)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def names_of(layout: ParameterLayout) -> list[str]:
+    return [p.name for p in layout.parameters]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
+def test_every_architecture_equals_plain_autograd(architecture: str, left: bool) -> None:
+    model = adapted(causal_lm(architecture))
+    data = batch(left=left)
+    extractor = FeatureExtractor(model, Projection("identity", _size(model)))
+    names = names_of(extractor.layout)
+    assert names == [n for n, p in model.named_parameters() if p.requires_grad]  # nothing trained is left out
+    assert relative_error(extractor(data), gradients(model, names, data)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign", "less", "torch"])
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: f"{p.kind}-{p.dim}-{p.nnz}")
+def test_every_kind_and_rule_equals_the_explicit_matrix(projection: Projection, rule: str) -> None:
+    model = adapted(causal_lm(num_hidden_layers=1), rank=3)
+    if projection.kind == "identity":
+        projection = Projection("identity", _size(model))
+    precondition = rule if rule in ("sgd", "sign") else adam_state(model, rule)
+    extractor = FeatureExtractor(model, projection, precondition)
+    data = batch()
+    names = names_of(extractor.layout)
+    grads = gradients(model, names, data)
+    if isinstance(precondition, AdamState):
+        update = adam_update(precondition, names, grads)
+    else:
+        update = grads.sign() if rule == "sign" else grads
+    expected = update @ torch.from_numpy(oracle.matrix(projection, extractor.layout)).T
+    # A gradient entry that float32 rounds to the other side of zero changes a whole unit of sign(g).
+    assert relative_error(extractor(data), expected) < (TOLERANCE if rule != "sign" else 0.02)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 128])
+@pytest.mark.parametrize("rule", ["less", "torch"])
+def test_every_rank(rank: int, rule: str) -> None:
+    model = adapted(causal_lm(num_hidden_layers=1), rank=rank)
+    state = adam_state(model, rule)
+    projection = Projection("srht", 512, seed=9)
+    extractor = FeatureExtractor(model, projection, state)
+    names = names_of(extractor.layout)
+    data = batch((20, 20, 11, 5, 2))
+    update = adam_update(state, names, gradients(model, names, data))
+    expected = update @ torch.from_numpy(oracle.matrix(projection, extractor.layout)).T
+    assert relative_error(extractor(data), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_linears_by_name_pattern(architecture: str) -> None:
+    model = causal_lm(architecture)
+    targets = r"layers\.1\..*(up_proj|down_proj)$|lm_head" if architecture == "llama" else r"h\.0\.mlp\.c_"
+    if architecture == "llama":
+        model = causal_lm(architecture, tie_word_embeddings=False)
+    data = batch()
+    size = MultiFeatureExtractor(model, [Output(Projection("sjlt", 8))], targets=targets).layout.size
+    extractor = FeatureExtractor(model, Projection("identity", size), targets=targets)
+    names = names_of(extractor.layout)
+    assert len(names) == (3 if architecture == "llama" else 2)
+    assert relative_error(extractor(data), gradients(model, names, data)) < TOLERANCE
+    alone = {name: tensor[:1] for name, tensor in data.items()}
+    assert relative_error(extractor(alone), gradients(model, names, alone)) < TOLERANCE
+
+
+def test_neighbours_and_order_do_not_matter_and_runs_are_bitwise_equal() -> None:
+    model = adapted(causal_lm())
+    extractor = FeatureExtractor(model, Projection("srht", 256), adam_state(model, "less"))
+    data = batch((17, 3, 9, 12, 17, 1))
+    together = extractor(data)
+    assert torch.equal(together, extractor(data))
+    for n, length in enumerate((17, 3, 9, 12, 17)):
+        alone = extractor({name: tensor[n : n + 1, :length] for name, tensor in data.items()})
+        assert relative_error(alone, together[n : n + 1].double()) < TOLERANCE
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = extractor({name: tensor[order] for name, tensor in data.items()})
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-5 * float(together.abs().max()))
+
+
+def test_rows_without_labels_are_zero_and_disturb_nobody() -> None:
+    model = adapted(causal_lm())
+    extractor = MultiFeatureExtractor(model, [Output(Projection("srht", 256))])
+    data = batch()
+    before = extractor(data)
+    data["labels"][1] = -100
+    after = extractor(data)
+    assert after.n_labels.tolist()[1] == 0 and not after.features[0][1].any()
+    torch.testing.assert_close(after.features[0][0], before.features[0][0], rtol=1e-5, atol=1e-6)
+    data["labels"][:] = -100
+    assert not extractor(data).features[0].any()
+    empty = {name: tensor[:0] for name, tensor in data.items()}
+    assert extractor(empty).features[0].shape == (0, 256)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = adapted(causal_lm())
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    FeatureExtractor(model, Projection("srht", 256))(batch())
+    assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_sum_of_rows_is_autograds_gradient_of_the_summed_loss() -> None:
+    model = adapted(causal_lm())
+    data = batch((10, 10, 10))
+    extractor = FeatureExtractor(model, Projection("identity", _size(model)))
+    model.eval()
+    logits = model(input_ids=data["input_ids"]).logits[:, :-1]
+    token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), data["labels"][:, 1:], reduction="none")
+    loss = (token.sum(1) / (data["labels"][:, 1:] != -100).sum(1)).sum()
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, [parameters[n] for n in names_of(extractor.layout)])
+    torch.testing.assert_close(extractor(data).sum(0), torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-6)
+
+
+def test_several_outputs_in_one_pass_equal_single_ones() -> None:
+    model = adapted(causal_lm())
+    state = adam_state(model, "less")
+    outputs = [
+        Output(Projection("srht", 512, seed=2), state),
+        Output(Projection("srht", 128, seed=2), state),
+        Output(Projection("srht", 128, seed=2), "sgd"),
+        Output(Projection("sjlt", 300, seed=2), state),
+        Output(Projection("sjlt", 100, seed=2), state),
+        Output(Projection("rademacher", 64, seed=2), state),
+        Output(Projection("rademacher", 40, seed=2), state),
+        Output(Projection("srht", 192, seed=2), state),
+    ]
+    engine = MultiFeatureExtractor(model, outputs)
+    assert engine._source == [0, 0, 2, 3, 3, 5, 5, 7]  # folds and prefixes are not computed twice
+    for output, got in zip(outputs, engine(batch()).features):
+        alone = FeatureExtractor(model, output.projection, output.precondition)(batch())
+        torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_half_precision_models_run_and_agree() -> None:
+    exact = adapted(causal_lm())
+    expected = FeatureExtractor(exact, Projection("srht", 256))(batch()).double()
+    low = adapted(causal_lm().to(torch.bfloat16))
+    low.load_state_dict(exact.state_dict())
+    got = FeatureExtractor(low, Projection("srht", 256))(batch()).double()
+    cosine = torch.nn.functional.cosine_similarity(got, expected)
+    assert (cosine > 0.99).all()
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embedding"),
+    ],
+    ids=["dora", "modules_to_save", "embedding"],
+)
+def test_unsupported_adapters_are_refused_by_name(settings: dict[str, Any], word: str) -> None:
+    model = adapted(causal_lm(), **settings)
+    with pytest.raises(LessFastError, match=word):
+        FeatureExtractor(model, Projection("srht", 256))
+
+
+def test_bad_models_and_batches_are_named() -> None:
+    projection = Projection("srht", 256)
+    with pytest.raises(LessFastError, match="no LoRA weights"):
+        FeatureExtractor(causal_lm(), projection)
+    with pytest.raises(LessFastError, match="no Linear layer"):
+        FeatureExtractor(causal_lm(), projection, targets="nothing_like_it")
+    with pytest.raises(LessFastError, match="Embedding"):
+        FeatureExtractor(causal_lm(), projection, targets="embed_tokens")
+    with pytest.raises(LessFastError, match="shared with"):
+        FeatureExtractor(causal_lm("gemma"), projection, targets="lm_head")
+    model = adapted(causal_lm())
+    with pytest.raises(LessFastError, match=r"AdamState\.from_checkpoint"):
+        FeatureExtractor(model, projection, "adam")
+    with pytest.raises(LessFastError, match="dim = 7"):
+        FeatureExtractor(model, Projection("identity", 7))
+    extractor = FeatureExtractor(model, projection)
+    data = batch()
+    with pytest.raises(LessFastError, match="'labels'"):
+        extractor({"input_ids": data["input_ids"]})
+    with pytest.raises(LessFastError, match="one shape"):
+        extractor({"input_ids": data["input_ids"], "labels": data["labels"][:, 1:]})
+    data["input_ids"][0, 0] = 61
+    with pytest.raises(LessFastError, match="61 rows"):
+        extractor(data)
+
+
+class Twice(nn.Module):
+    """Calls one Linear two times."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.inner(*args, **kwargs)
+        return self.inner(*args, **kwargs)
+
+
+def test_a_module_called_twice_is_refused_by_name() -> None:
+    model = causal_lm()
+    layer = model.get_submodule("model.layers.0")
+    layer.mlp.up_proj = Twice(layer.mlp.up_proj)
+    extractor = FeatureExtractor(model, Projection("srht", 256), targets="up_proj.inner")
+    with pytest.raises(LessFastError, match=r"layers\.0\.mlp\.up_proj\.inner.*more than once"):
+        extractor(batch())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
