@@ -17,7 +17,7 @@ _TEMPORARY = 1 << 22
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Sylvester-Hadamard transform of the last dimension n, a power of two; unnormalised: applied twice it gives n·x."""
+    """Sylvester-Hadamard transform of the last dimension n, a power of two; unnormalised: twice gives n·x."""
     n = x.shape[-1]
     h = 1
     while h < n:

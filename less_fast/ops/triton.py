@@ -23,8 +23,10 @@ def supports(features: Tensor, grads: Tensor, projection: Projection) -> str | N
             return f"{name} are {tensor.dtype}, and this backend adds up in float32"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'less_fast[triton]'"
-    from less_fast.kernels.accumulate import MAX_BLOCK
+    from less_fast.kernels.accumulate import MAX_BLOCK, MAX_ENTRIES
 
+    if grads[0].numel() > MAX_ENTRIES:
+        return f"a gradient has {grads[0].numel()} entries, and this backend numbers up to {MAX_ENTRIES}"
     if projection.kind == "srht" and projection.block > MAX_BLOCK:
         return f"block is {projection.block}, and this backend mixes runs of up to {MAX_BLOCK}"
     return None

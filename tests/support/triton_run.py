@@ -48,6 +48,20 @@ def on_cuda(launcher: str, *args: Any) -> Any:
     return _run(lambda packed: _call(launcher, packed, "cuda"), args)
 
 
+def interpreted_backend(features: Tensor, grads: Tensor, *where: Any) -> Tensor:
+    """What ``accumulate_triton`` makes of CPU tensors in the interpreter; ``where``: its other arguments."""
+    written: np.ndarray = _worker().submit(_backend, features.numpy(), grads.numpy(), where).result()
+    return torch.from_numpy(written)
+
+
+def _backend(features: np.ndarray, grads: np.ndarray, where: Sequence[Any]) -> np.ndarray:
+    from less_fast.ops.triton import accumulate_triton
+
+    target = torch.from_numpy(features.copy())
+    accumulate_triton(target, torch.from_numpy(grads), *where)
+    return target.numpy()
+
+
 def runners() -> list[Any]:
     """Parameters of a fixture: the interpreter and, marked ``gpu``, the device."""
     absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
