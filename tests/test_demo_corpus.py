@@ -290,6 +290,7 @@ def test_tokenizer_loads_offline_and_loses_nothing(trained, corpus):
         assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
         assert tokenizer.decode(ids[1:]) == text
     assert tokenizer("end</s>").input_ids[-1] == tokenizer.eos_token_id
+    assert len(tokenizer("<|user|>\n", add_special_tokens=False).input_ids) <= 5
     assert len(tokenizer("12345", add_special_tokens=False).input_ids) == 5
 
 

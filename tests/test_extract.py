@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import adapted
-from support.tiny import write_examples, write_model
+from support.tiny import examples, save_tiny_llama, write_jsonl
 
 from less_fast.data import collate, encode_all, load_examples
 from less_fast.errors import LessFastError
@@ -33,8 +33,11 @@ SRHT = Projection("srht", 256, seed=5)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with an adapter, and 30 examples of very different lengths."""
     root = tmp_path_factory.mktemp("extract")
-    write_model(root / "model")
-    write_examples(root / "pool.jsonl", 30)
+    save_tiny_llama(root / "model")
+    rows = examples("names", 30)
+    for i, row in enumerate(rows):
+        row["messages"][1]["content"] *= 1 + i * 7 % 5
+    write_jsonl(root / "pool.jsonl", rows)
     model, _ = load_model(root / "model", device="cpu")
     adapter = adapted(model)
     adapter.save_pretrained(root / "adapter")
@@ -51,9 +54,9 @@ def test_the_store_holds_the_features_in_dataset_order(folder: Path, tmp_path: P
     store = run(folder, tmp_path / "store")
     model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
     extractor = FeatureExtractor(model, SRHT)
-    examples = load_examples(folder / "pool.jsonl")
-    assert len(store) == 30 and store.rows.ids == examples.ids
-    for i, encoded in enumerate(encode_all(examples, tokenizer)):
+    pool = load_examples(folder / "pool.jsonl")
+    assert len(store) == 30 and store.rows.ids == pool.ids
+    for i, encoded in enumerate(encode_all(pool, tokenizer)):
         alone = extractor(collate([encoded], 0))[0].numpy()
         assert np.linalg.norm(store[i] - alone) < 1e-5 * np.linalg.norm(alone)
         assert (store.n_tokens[i], store.n_labels[i]) == (len(encoded.input_ids), encoded.n_labels)
@@ -171,22 +174,22 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
     original = MultiFeatureExtractor.__call__
 
     def limited(self: MultiFeatureExtractor, batch: dict[str, torch.Tensor]) -> object:
-        if batch["input_ids"].numel() > 150:
+        if batch["input_ids"].numel() > 260:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, batch)
 
     monkeypatch.setattr(MultiFeatureExtractor, "__call__", limited)
-    store = run(folder, tmp_path / "limited", token_budget=800)
+    store = run(folder, tmp_path / "limited", token_budget=1600)
     budgets = [shard["facts"]["token_budget"] for shard in store.manifest["shards"]]
-    assert budgets == sorted(budgets, reverse=True) and budgets[-1] < 200
-    assert "token budget is now 400" in caplog.text
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == 200
+    assert "token budget is now 800" in caplog.text
     np.testing.assert_allclose(store[:], whole[:], rtol=1e-3, atol=1e-5 * np.abs(whole[:]).max())
     # Resuming starts from the smallest budget that was needed, so that the bits do not depend on interruptions.
     last = tmp_path / "limited" / store.manifest["shards"][-1]["file"]
     before = last.read_bytes()
     last.unlink()
     with pytest.warns(UserWarning, match="missing"):
-        run(folder, tmp_path / "limited", token_budget=800)
+        run(folder, tmp_path / "limited", token_budget=1600)
     assert last.read_bytes() == before
     monkeypatch.setattr(MultiFeatureExtractor, "__call__", lambda self, batch: limited(self, {"input_ids": ids(1000)}))
     with pytest.raises(LessFastError, match="single example"):
@@ -234,9 +237,9 @@ def test_real_examples_and_a_real_model(tmp_path: Path) -> None:
     data = Path(os.environ["LESS_FAST_DATA"])
     model, tokenizer = load_model(data / "models/stories260K-hf", device="cpu")
     model = adapted(model)
-    examples = load_examples(data / "pool_2k.jsonl.gz").take(range(40))
+    pool = load_examples(data / "pool_2k.jsonl.gz").take(range(40))
     store = extract(
-        model, examples, tmp_path / "s", projection=SRHT, tokenizer=tokenizer, max_length=256, progress=False
+        model, pool, tmp_path / "s", projection=SRHT, tokenizer=tokenizer, max_length=256, progress=False
     )
     features, valid = store[:], store.status == Status.OK
     assert valid.sum() >= 20 and np.isfinite(features).all() and (np.linalg.norm(features[valid], axis=1) > 0).all()

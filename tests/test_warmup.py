@@ -233,6 +233,8 @@ def test_examples_without_labels_are_left_out_and_reported(base, tmp_path, caplo
         ({"fraction": 0.01}, "leaves none of 40 examples"),
         ({"batch_size": 5, "micro_batch_size": 2}, "batch_size is 5; expected a multiple of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"epochs": 0}, "epochs is 0"),
         ({"lora": LoraSettings(target_modules=["q_proj", "w_proj"])}, "no module named w_proj"),
         ({"lora": LoraSettings(target_modules="q_proj")}, "target_modules is 'q_proj'"),
         ({"lora": LoraSettings(rank=0)}, "PEFT refuses the adapter"),
@@ -269,7 +271,9 @@ def test_gpt2_gets_an_adapter_without_being_told_where(examples, tmp_path):
 def test_progress_says_what_is_going_on(base, examples, tmp_path, capsys):
     _warmup(base, examples, tmp_path / "run", epochs=1, progress=True)
     captured = capsys.readouterr()
-    assert "warm-up: 12 of 40 examples, 1 epochs, 3 steps of 5; LoRA of rank 4 on q_proj" in captured.out + captured.err
+    assert (
+        "warm-up: 12 of 40 examples, 3 steps of 5, epochs: 1; LoRA of rank 4 on q_proj" in captured.out + captured.err
+    )
     assert "3/3" in captured.err
 
 
