@@ -102,7 +102,6 @@ def extract_many(
         "numerics": {
             "model_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": extractor.device.type,
-            "backend": backend,
             "token_budget": budget,
         },
         "versions": {name: version(name) for name in ("less_fast", "torch", "transformers")},
@@ -117,6 +116,7 @@ def extract_many(
                         **facts,
                         "projection": output.projection.to_dict(),
                         "precondition": precondition_facts(output.precondition),
+                        "backend": used,
                     },
                     rows,
                     dim=output.projection.dim,
@@ -124,7 +124,7 @@ def extract_many(
                     shard_size=shard_size,
                 )
             )
-            for path, output in outputs.items()
+            for (path, output), used in zip(outputs.items(), extractor.backends())
         ]
         job = _Job(extractor, examples, tokenizer, template, max_length, budget)
         job.run(writers, progress)

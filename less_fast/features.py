@@ -12,7 +12,7 @@ from less_fast.errors import LessFastError
 from less_fast.model.capture import run
 from less_fast.model.loss import LabelPositions, right_padded
 from less_fast.model.sites import Site, embedding_rows, find_sites
-from less_fast.ops.accumulate import accumulate
+from less_fast.ops.accumulate import accumulate, resolve
 from less_fast.ops.outer import outer_products
 from less_fast.ops.project import check_identity
 from less_fast.ops.reduce import can_reduce, reduce_features
@@ -104,6 +104,14 @@ class MultiFeatureExtractor:
             assert source is not None
             done.append(reduce_features(source, self.outputs[self._source[i]].projection, output.projection))
         return BatchFeatures(done, losses, labels.counts)
+
+    def backends(self) -> list[str]:
+        """The backend that computes each output, by name."""
+        grads = torch.empty(1, 1, 1, device=self.device)
+        return [
+            resolve(torch.empty(1, o.projection.dim, device=self.device), grads, o.projection, self.backend)
+            for o in self.outputs
+        ]
 
     def _receive(
         self, site: Site, value: Tensor, gradient: Tensor, labels: LabelPositions, features: list[Tensor | None]

@@ -48,8 +48,7 @@ def load_model(
     ----------
     model_path : a folder or hub name of a Hugging Face model, or of a PEFT adapter (its base model is then loaded).
     adapter_path : a PEFT adapter to put on the model.
-    dtype : float32, bfloat16 or float16, of the base weights. LoRA weights keep the dtype they were saved in, at
-        least that of the base.
+    dtype : float32, bfloat16 or float16, of the base weights. PEFT loads LoRA weights in float32 whatever it is.
     device : auto, cpu, cuda or cuda:N.
 
     Raises
@@ -72,8 +71,9 @@ def load_model(
     except (OSError, ValueError) as error:
         raise LessFastError(f"{model_path}: no causal language model could be loaded ({_first_line(error)})") from error
     has_own_tokenizer = adapter_path is not None and (Path(adapter_path) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(adapter_path if has_own_tokenizer and adapter_path is not None else model_path)
-    check_vocabulary(model, tokenizer, str(model_path))
+    tokenizer_path = adapter_path if has_own_tokenizer and adapter_path is not None else model_path
+    tokenizer = load_tokenizer(tokenizer_path)
+    check_vocabulary(model, tokenizer, str(tokenizer_path))
     if adapter_path is not None:
         from peft import PeftModel
 

@@ -1,0 +1,83 @@
+"""``run_killer.py FOLDER ROUNDS``: kills runs with SIGKILL, lets them go on, and compares with one that was left alone.
+
+A run is forked ``ROUNDS`` times into a new folder and killed after a time spread evenly over the duration of a whole
+run; it is then started again and killed once more, and then finished. Prints as JSON how many were killed, and which
+files of which rounds are unlike the uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from support import tiny
+
+from less_fast.config import RunConfig
+from less_fast.pipeline import run
+
+# Made from time stamps and paths; the settings name the folder itself.
+_VARYING = ("config.yaml", "warmup/")
+
+
+def start(config: RunConfig) -> int:
+    """A forked run; its process id."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            run(config, progress=False, say=lambda line: None)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def finish(config: RunConfig) -> None:
+    _, status = os.waitpid(start(config), 0)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+
+
+def killed(config: RunConfig, seconds: float) -> bool:
+    """Whether the run was still going after this time."""
+    child = start(config)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    kept = [name for name in names if not name.startswith(_VARYING) and not name.endswith((".lock", ".partial"))]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in kept}
+
+
+def main(folder: Path, rounds: int) -> None:
+    torch.set_num_threads(1)
+    settings = tiny.config(folder)
+    started = time.monotonic()
+    finish(RunConfig(**{**settings, "out": str(folder / "whole")}))
+    duration = time.monotonic() - started
+    expected = hashes(folder / "whole")
+    draw = random.Random(0)
+    n_killed, unlike = 0, []
+    for number in range(rounds):
+        out = folder / f"killed-{number}"
+        config = RunConfig(**{**settings, "out": str(out)})
+        n_killed += killed(config, duration * (number + 0.5) / rounds)
+        n_killed += killed(config, duration * draw.random())
+        finish(config)
+        found = hashes(out)
+        unlike += [f"{out.name}/{name}" for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    print(json.dumps({"files": len(expected), "killed": n_killed, "unlike": unlike}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
