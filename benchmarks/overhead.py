@@ -108,6 +108,9 @@ def measure(name: str, model: nn.Module, batches: list[dict[str, Tensor]], repea
 
 def check(model: nn.Module, extractor: FeatureExtractor, batch: dict[str, Tensor]) -> None:
     """Both variants must see the same losses, and the features must be those of the reference backend."""
+    losses = extractor._engine(batch).losses
+    if not torch.equal(bare(model, batch), losses):
+        raise SystemExit("the bare pass and the extraction see different losses; not timing different work")
     reference = FeatureExtractor(model, Projection("srht", 8192), random_adam_state(model), backend="reference")
     expected = reference(batch)
     error = ((extractor(batch) - expected).norm() / expected.norm()).item()

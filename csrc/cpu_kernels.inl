@@ -9,7 +9,7 @@ inline void apply(const Precondition& rule, const float* g, int64_t offset, int6
       for (int64_t i = 0; i < n; ++i) u[i] = g[i];
       return;
     case Rule::kSign:
-      for (int64_t i = 0; i < n; ++i) u[i] = static_cast<float>((g[i] > 0.0f) - (g[i] < 0.0f));
+      for (int64_t i = 0; i < n; ++i) u[i] = static_cast<float>((g[i] > 0.0f) - (g[i] < 0.0f)) + (g[i] - g[i]);  // NaN where g is not finite
       return;
     case Rule::kAdam: {
       const float* __restrict a = rule.a + offset;

@@ -82,22 +82,26 @@ void accumulate_srht(const Features& features, const Gradients& grads, const Pre
   const int64_t slots = features.dim / block;
   const Split examples{grads.n, std::min<int64_t>(grads.n, threads)};
   const Split groups{slots, std::min(slots, std::max<int64_t>(1, threads / std::max<int64_t>(examples.parts, 1)))};
-  parallel_for(examples.parts * groups.parts, threads, [&](int64_t task) {
+  // Scratch is allocated here: a task must not throw.
+  const int64_t tasks = examples.parts * groups.parts, n_masks = 2 * kMaskRows * block;
+  std::vector<uint32_t> masks(tasks * n_masks);
+  std::vector<float> scratch(tasks * block);
+  parallel_for(tasks, threads, [&](int64_t task) {
     const int64_t e = task / groups.parts, g = task % groups.parts;
-    std::vector<uint32_t> masks(2 * kMaskRows * block);
-    std::vector<float> scratch(block);
     LF_DISPATCH(srht_tile(features, grads, rule, rho_base, block, seed, examples.begin(e), examples.begin(e + 1),
-                          groups.begin(g), groups.begin(g + 1), masks.data(), scratch.data()));
+                          groups.begin(g), groups.begin(g + 1), &masks[task * n_masks],
+                          &scratch[task * block]));
   });
 }
 
 void accumulate_sjlt(const Features& features, const Gradients& grads, const Precondition& rule, int64_t j_base,
                      int64_t short_stride, int64_t long_stride, int64_t nnz, uint64_t seed, int threads) {
   const Split examples{grads.n, std::min<int64_t>(grads.n, threads)};
+  const int64_t entries = kSjltTile * nnz;
+  std::vector<uint32_t> bucket(examples.parts * entries), mask(examples.parts * entries);
   parallel_for(examples.parts, threads, [&](int64_t e) {
-    std::vector<uint32_t> bucket(kSjltTile * nnz), mask(kSjltTile * nnz);
     LF_DISPATCH(sjlt_tile(features, grads, rule, j_base, short_stride, long_stride, nnz, seed, examples.begin(e),
-                          examples.begin(e + 1), bucket.data(), mask.data()));
+                          examples.begin(e + 1), &bucket[e * entries], &mask[e * entries]));
   });
 }
 

@@ -78,7 +78,7 @@ def precondition(
 ) -> tl.tensor:  # fmt: skip
     """Map gradients g to u; g's table entries are at ``offset``; where not ``mask``, g must be 0 and so is u."""
     if MODE == _SIGN:
-        u = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # a NaN stays one
+        u = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g)) + (g - g)  # NaN where g is not finite
     elif MODE == _ADAM:
         a = tl.load(a_ptr + offset, mask=mask, other=0.0)
         b = tl.load(b_ptr + offset, mask=mask, other=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import time
@@ -83,8 +84,13 @@ def extract_many(
     progress : show a progress bar with examples/s, tokens/s and the time left.
     """
     examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_path_of(model))
-    check_vocabulary(model, tokenizer, _path_of(model))
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if tokenizer is None and not path:
+        raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
+    check_vocabulary(model, tokenizer, path or type(model).__name__)
+    if len({Path(out).resolve() for out in outputs}) < len(outputs):
+        raise LessFastError("two outputs have the same folder; give each its own")
     if max_length < 1:
         raise LessFastError(f"max_length is {max_length}; expected at least 1")
     extractor = MultiFeatureExtractor(model, list(outputs.values()), targets=targets, backend=backend)
@@ -117,6 +123,7 @@ def extract_many(
                         "projection": output.projection.to_dict(),
                         "precondition": precondition_facts(output.precondition),
                         "backend": used,
+                        "reduced_from": source.to_dict() if source != output.projection else None,
                     },
                     rows,
                     dim=output.projection.dim,
@@ -124,7 +131,7 @@ def extract_many(
                     shard_size=shard_size,
                 )
             )
-            for (path, output), used in zip(outputs.items(), extractor.backends())
+            for (path, output), used, source in zip(outputs.items(), extractor.backends(), extractor.computed())
         ]
         job = _Job(extractor, examples, tokenizer, template, max_length, budget)
         job.run(writers, progress)
@@ -156,9 +163,7 @@ class _Job:
 
     def run(self, writers: Sequence[StoreWriter], progress: bool) -> None:
         pending = sorted({shard for writer in writers for shard in writer.pending()})
-        for writer in writers:
-            # A shard's bits depend on the budget it was made with, which is the smallest that earlier shards needed.
-            self.budget = min([self.budget, *(facts["token_budget"] for facts in writer.shard_facts())])
+        first_budget = self.budget
         total = len(self.examples)
         todo = sum(stop - start for start, stop in map(writers[0].bounds, pending))
         interval = 0.5 if sys.stderr.isatty() else 15.0
@@ -167,6 +172,10 @@ class _Job:
         ) as bar:
             meter = _TokenMeter(bar)
             for shard in pending:
+                # A shard's bits depend on its budget, which is the smallest that the shards before it needed, whether
+                # this call made them or one that was interrupted.
+                done = [facts for writer in writers for number, facts in writer.shard_facts().items() if number < shard]
+                self.budget = min([first_budget, *(facts["token_budget"] for facts in done)])
                 start, stop = writers[0].bounds(shard)
                 window = [self.examples[i] for i in range(start, stop)]
                 encoded = encode_all(window, self.tokenizer, self.template, self.max_length)
@@ -187,11 +196,11 @@ class _Job:
             done_before = meter.examples
             try:
                 return self._attempt(encoded, meter)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 longest = max(len(e.input_ids) for e in encoded)
-                if self.budget <= longest // 2:
+                if self.budget <= max(longest // 2, 1):
                     raise LessFastError(
                         f"out of memory on {self.extractor.device} with a single example of {longest} tokens; use a "
                         "smaller max_length, a smaller dtype or a larger device (finished shards are kept)"
@@ -243,22 +252,15 @@ class _TokenMeter:
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What identifies a tokenizer: its size and special tokens, and how it cuts a probe text."""
+    """What identifies a tokenizer: its size, special tokens and chat template, and how it cuts a probe text."""
     probe = "Hello, Wörld! 12345 + 67 = ?\n<|user|>\n\tdef f(x): return x"
     return {
         "size": len(tokenizer),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "probe": list(tokenizer(probe)["input_ids"]),
     }
-
-
-def _path_of(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    path = getattr(config, "_name_or_path", "") or ""
-    if not path:
-        raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
-    return str(path)
 
 
 def _report(store: FeatureStore) -> None:

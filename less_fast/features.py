@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
-from less_fast.model.capture import run
-from less_fast.model.loss import LabelPositions, right_padded
+from less_fast.model.capture import frozen_eval, run
+from less_fast.model.loss import IGNORED, LabelPositions, check_causal, check_length_invariant, right_padded
 from less_fast.model.sites import Site, embedding_rows, find_sites
 from less_fast.ops.accumulate import accumulate, resolve
 from less_fast.ops.outer import outer_products
@@ -20,7 +20,7 @@ from less_fast.optim.adam import Precondition, precondition_rules
 from less_fast.projection import Projection
 
 # Float32 entries of per-example gradients of one matrix that exist at a time, whatever N is.
-_BUFFER = {"cpu": 1 << 20, "cuda": 1 << 26}
+_BUFFER = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class MultiFeatureExtractor:
             if self._source[i] == i
         ]
         self._buffer = torch.empty(0, device=self.device)
+        with frozen_eval(model):
+            check_causal(model)
         self._vocabulary = embedding_rows(model)
 
     def _computed_by(self, i: int) -> int:
@@ -83,11 +85,13 @@ class MultiFeatureExtractor:
                 return k
         return i
 
+    @torch.inference_mode(False)
     def __call__(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         """Features of every output for a batch; see :meth:`FeatureExtractor.__call__`."""
         batch = self._checked(batch)
         n = batch["input_ids"].shape[0]
         labels = LabelPositions.of(batch["labels"])
+        check_length_invariant(self.model, batch["lengths"])
         features: list[Tensor | None] = [None] * len(self.outputs)
         for i, output, _, _ in self._computed:
             features[i] = torch.zeros(n, output.projection.dim, device=self.device)
@@ -95,9 +99,12 @@ class MultiFeatureExtractor:
         if labels.target.numel():
 
             def receive(site: Site, value: Tensor, gradient: Tensor) -> None:
-                self._receive(site, value, gradient, labels, features)
+                self._receive(site, value, gradient, batch["input_ids"].shape, labels, features)
 
             losses = run(self.model, self.sites, batch["input_ids"], labels, receive)
+            for tensor in features:
+                if tensor is not None:  # without a gradient Adam's update would still be that of its momentum
+                    tensor[labels.counts == 0] = 0.0
         done = []
         for i, output in enumerate(self.outputs):
             source = features[self._source[i]]
@@ -113,15 +120,32 @@ class MultiFeatureExtractor:
             for o in self.outputs
         ]
 
+    def computed(self) -> list[Projection]:
+        """The projection each output is computed with: another than its own where it is a fold or prefix of that."""
+        return [self.outputs[k].projection for k in self._source]
+
     def _receive(
-        self, site: Site, value: Tensor, gradient: Tensor, labels: LabelPositions, features: list[Tensor | None]
+        self,
+        site: Site,
+        value: Tensor,
+        gradient: Tensor,
+        shape: torch.Size,
+        labels: LabelPositions,
+        features: list[Tensor | None],
     ) -> None:
         parameter = self.layout.parameters[site.index]
         left, right = (gradient, value) if site.short_is_output else (value, gradient)
         n = labels.counts.shape[0]
-        # A module behind the label gather sees the examples' label tokens one after the other.
-        lengths = None if left.shape[0] == n else labels.counts.tolist()
-        chunk = max(1, _BUFFER[self.device.type] // parameter.size)
+        lengths = None
+        if left.shape[:2] == right.shape[:2] == (1, labels.target.numel()):
+            # A module behind the label gather sees the examples' label tokens one after the other.
+            lengths = labels.counts.tolist()
+        elif not left.shape[:2] == right.shape[:2] == shape:
+            raise LessFastError(
+                f"the module of {site.name} gets {tuple(value.shape)} and gives {tuple(gradient.shape)}; "
+                f"expected {n} examples of {shape[1]} tokens first"
+            )
+        chunk = max(1, _BUFFER.get(self.device.type, _BUFFER["cpu"]) // parameter.size)
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
             grads = self._scratch((stop - start) * parameter.size).view(stop - start, parameter.short, parameter.long)
@@ -148,6 +172,11 @@ class MultiFeatureExtractor:
         for name in ("input_ids", "labels"):
             if name not in batch:
                 raise LessFastError(f"the batch has no {name!r}; it has {sorted(batch)}")
+        if unknown := sorted(set(batch) - {"input_ids", "labels", "attention_mask"}):
+            raise LessFastError(
+                f"the batch has {', '.join(unknown)}, which would change nothing; "
+                "expected input_ids, labels and attention_mask"
+            )
         ids, labels = batch["input_ids"], batch["labels"]
         if ids.ndim != 2 or ids.shape != labels.shape:
             raise LessFastError(
@@ -157,12 +186,13 @@ class MultiFeatureExtractor:
         if mask is not None and mask.shape != ids.shape:
             raise LessFastError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(ids.shape)}")
         if ids.numel() and self._vocabulary is not None:
-            largest = int(ids.max())
-            if largest >= self._vocabulary:
-                raise LessFastError(
-                    f"input_ids hold token {largest}, but the model's embedding has {self._vocabulary} rows; "
-                    "use the model's own tokenizer"
-                )
+            for name, tensor in (("input_ids", ids), ("labels", torch.where(labels == IGNORED, 0, labels))):
+                low, high = int(tensor.min()), int(tensor.max())
+                if low < 0 or high >= self._vocabulary:
+                    raise LessFastError(
+                        f"{name} hold token {low if low < 0 else high}, but the model's embedding has "
+                        f"{self._vocabulary} rows; use the model's own tokenizer"
+                    )
         tensors = {"input_ids": ids, "labels": labels}
         if mask is not None:
             tensors["attention_mask"] = mask

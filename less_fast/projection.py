@@ -10,6 +10,10 @@ from less_fast.errors import LessFastError
 
 KINDS = ("identity", "rademacher", "gaussian", "sjlt", "srht")
 
+# More would only cost memory: kernels hold the signs of a few runs, and the non-zeros of a few columns, at a time.
+MAX_BLOCK = 1 << 16
+MAX_NNZ = 1 << 10
+
 # Fourth counter word of Philox: one value per use of randomness, fixed for ever (docs/projections.md).
 TAG_RADEMACHER = 1
 TAG_GAUSSIAN = 2
@@ -20,7 +24,9 @@ TAG_SRHT_OUT = 5
 
 @dataclass(frozen=True)
 class Projection:
-    """A random linear map R^P -> R^K, the same bit for bit on every backend, device, batch and world size.
+    """A random linear map R^P -> R^K, the same on every backend, device, batch and world size.
+
+    Signs, buckets and random words are equal bit for bit; the normals of ``gaussian`` up to float32 rounding.
 
     Parameters
     ----------
@@ -53,10 +59,10 @@ class Projection:
             raise LessFastError(f"projection dim is {self.dim}; expected 1 to 2^31 - 1")
         if not 0 <= self.seed < 2**64:
             raise LessFastError(f"projection seed is {self.seed}; expected 0 to 2^64 - 1")
-        if self.nnz < 1:
-            raise LessFastError(f"projection nnz is {self.nnz}; expected at least 1")
-        if self.block < 1 or self.block & (self.block - 1):
-            raise LessFastError(f"projection block is {self.block}; expected a power of two")
+        if not 1 <= self.nnz <= MAX_NNZ:
+            raise LessFastError(f"projection nnz is {self.nnz}; expected 1 to {MAX_NNZ}")
+        if not 1 <= self.block <= MAX_BLOCK or self.block & (self.block - 1):
+            raise LessFastError(f"projection block is {self.block}; expected a power of two up to {MAX_BLOCK}")
         if self.kind == "srht" and self.dim % self.block:
             raise LessFastError(
                 f"projection dim is {self.dim}, not a multiple of block = {self.block}; "

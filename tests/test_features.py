@@ -139,15 +139,17 @@ def test_neighbours_and_order_do_not_matter_and_runs_are_bitwise_equal() -> None
     torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-5 * float(together.abs().max()))
 
 
-def test_rows_without_labels_are_zero_and_disturb_nobody() -> None:
+@pytest.mark.parametrize("rule", ["sgd", "less"])
+def test_rows_without_labels_are_zero_and_disturb_nobody(rule: str) -> None:
     model = adapted(causal_lm())
-    extractor = MultiFeatureExtractor(model, [Output(Projection("srht", 256))])
+    precondition = adam_state(model, rule) if rule == "less" else rule
+    extractor = MultiFeatureExtractor(model, [Output(Projection("srht", 256), precondition)])
     data = batch()
     before = extractor(data)
     data["labels"][1] = -100
     after = extractor(data)
     assert after.n_labels.tolist()[1] == 0 and not after.features[0][1].any()
-    torch.testing.assert_close(after.features[0][0], before.features[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after.features[0][0], before.features[0][0], rtol=1e-5, atol=1e-5)
     data["labels"][:] = -100
     assert not extractor(data).features[0].any()
     empty = {name: tensor[:0] for name, tensor in data.items()}
@@ -243,9 +245,86 @@ def test_bad_models_and_batches_are_named() -> None:
         extractor({"input_ids": data["input_ids"]})
     with pytest.raises(LessFastError, match="one shape"):
         extractor({"input_ids": data["input_ids"], "labels": data["labels"][:, 1:]})
-    data["input_ids"][0, 0] = 61
-    with pytest.raises(LessFastError, match="61 rows"):
-        extractor(data)
+    with pytest.raises(LessFastError, match="position_ids"):
+        extractor({**data, "position_ids": data["input_ids"]})
+    holes = data["attention_mask"].clone()
+    holes[2, 4] = 0
+    with pytest.raises(LessFastError, match="example 2 has holes"):
+        extractor({**data, "attention_mask": holes})
+    for name in ("input_ids", "labels"):
+        for token in (61, -7):
+            wrong = data[name].clone()
+            wrong[0, 5] = token
+            with pytest.raises(LessFastError, match=f"{name} hold token {token}, .*61 rows"):
+                extractor({**data, name: wrong})
+
+
+def test_what_is_not_a_causal_decoder_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=61, **sizes))
+    with pytest.raises(LessFastError, match="not causal"):
+        FeatureExtractor(bert, Projection("srht", 64), targets="query")
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(LessFastError, match="encoder-decoder"):
+        FeatureExtractor(t5, Projection("srht", 64), targets="q$")
+
+
+def test_rotary_embeddings_that_follow_the_batch_are_refused_where_they_would_matter() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = adapted(causal_lm(rope_parameters=rope, max_position_embeddings=10))
+    extractor = FeatureExtractor(model, Projection("srht", 256))
+    with pytest.raises(LessFastError, match="depends on the batch"):
+        extractor(batch((17, 3)))
+    assert extractor(batch((10, 3))).any() and extractor(batch((17, 17))).any()
+
+
+def test_only_active_adapters_count_and_disabled_ones_are_refused() -> None:
+    model = adapted(causal_lm())
+    alone = FeatureExtractor(model, Projection("srht", 256))
+    expected = alone(batch())
+    from peft import LoraConfig
+
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    extractor = FeatureExtractor(model, Projection("srht", 256))
+    assert extractor.layout == alone.layout
+    assert torch.equal(extractor(batch()), expected)
+    with model.disable_adapter(), pytest.raises(LessFastError, match=r"lora_A.*was not called"):
+        extractor(batch())
+
+
+def test_trained_biases_are_refused() -> None:
+    with pytest.raises(LessFastError, match="bias='lora_only'"):
+        FeatureExtractor(adapted(causal_lm("qwen2"), bias="lora_only"), Projection("srht", 256))
+
+
+def test_inference_mode_around_the_call_changes_nothing() -> None:
+    model = adapted(causal_lm())
+    extractor = FeatureExtractor(model, Projection("srht", 256))
+    expected = extractor(batch())
+    with torch.inference_mode():
+        assert torch.equal(extractor(batch()), expected)
+
+
+class SequenceFirst(nn.Module):
+    """Hands its Linear the tokens before the examples."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_another_order_of_dimensions_is_refused_by_name() -> None:
+    model = causal_lm()
+    layer = model.get_submodule("model.layers.0")
+    layer.mlp.up_proj = SequenceFirst(layer.mlp.up_proj)
+    extractor = FeatureExtractor(model, Projection("srht", 256), targets=r"up_proj\.inner")
+    with pytest.raises(LessFastError, match=r"up_proj\.inner.*expected 4 examples"):
+        extractor(batch())
 
 
 class Twice(nn.Module):
@@ -268,6 +347,7 @@ def test_a_module_called_twice_is_refused_by_name() -> None:
     with pytest.raises(LessFastError, match=r"layers\.0\.mlp\.up_proj\.inner.*more than once"):
         extractor(batch())
     assert not any(m._forward_hooks for m in model.modules())
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
 def _size(model: nn.Module) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from less_fast.errors import LessFastError
 from less_fast.layout import ParameterLayout
 from less_fast.optim.adam import AdamState, precondition_rules
+from less_fast.optim.checkpoint import _grouped
 
 
 def trained(tmp_path: Path, *, weight_decay: float = 0.0, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
@@ -93,11 +94,45 @@ def test_states_of_whole_models_follow_the_two_weight_decay_groups(tmp_path: Pat
         assert torch.equal(state.moments[name].v, optimizer.state[parameter]["exp_avg_sq"]), name
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_the_two_groups_are_those_of_the_trainer(architecture: str) -> None:
+    from transformers import Trainer
+
+    model = causal_lm(architecture)
+    parameters = dict(model.named_parameters())
+    decayed = [name for name in parameters if name in Trainer.get_decay_parameter_names(None, model)]
+    plain = [name for name in parameters if name not in decayed]
+    assert _grouped(parameters, [len(decayed), len(plain)]) == decayed + plain
+
+
+def test_an_adapter_of_the_same_shapes_on_other_layers_is_refused(tmp_path: Path) -> None:
+    model, _ = trained(tmp_path, model=adapted(causal_lm(), target_modules=["q_proj", "k_proj"]))
+    model.save_pretrained(tmp_path)
+    AdamState.from_checkpoint(tmp_path, model)
+    with pytest.raises(LessFastError, match=r"different adapters: .*k_proj\.lora_A.*saved adapter"):
+        AdamState.from_checkpoint(tmp_path, adapted(causal_lm(), target_modules=["q_proj", "v_proj"]))
+
+
+def test_a_state_without_steps_serves_the_rule_that_needs_none(tmp_path: Path) -> None:
+    model, optimizer = trained(tmp_path)
+    content = optimizer.state_dict()
+    for entry in content["state"].values():
+        del entry["step"]
+    torch.save(content, tmp_path / "optimizer.pt")
+    layout, device = layout_of(model), torch.device("cpu")
+    assert AdamState.from_checkpoint(tmp_path, model).rules(layout, device)
+    with pytest.raises(LessFastError, match="has no step, which rule 'torch' needs"):
+        AdamState.from_checkpoint(tmp_path, model, rule="torch").rules(layout, device)
+    content["param_groups"][0]["step"] = 5  # where other optimizers keep it
+    torch.save(content, tmp_path / "optimizer.pt")
+    assert AdamState.from_checkpoint(tmp_path, model, rule="torch").rules(layout, device)
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model, _ = trained(tmp_path)
     with pytest.raises(LessFastError, match=r"entry 0 has shape \(4, 32\).*lora_A.*\(8, 32\)"):
         AdamState.from_checkpoint(tmp_path, adapted(causal_lm(), rank=8))
-    with pytest.raises(LessFastError, match="it has 16 parameters, the model trains 8"):
+    with pytest.raises(LessFastError, match="its groups have 16, 0 parameters, the model trains 8"):
         AdamState.from_checkpoint(tmp_path, adapted(causal_lm(num_hidden_layers=1)))
     with pytest.raises(LessFastError, match="no such file"):
         AdamState.from_checkpoint(tmp_path / "absent", model)

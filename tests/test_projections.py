@@ -238,6 +238,26 @@ def test_dense_kinds_are_prefix_stable(backend: str) -> None:
         torch.testing.assert_close(large[:, :77], small, rtol=1e-5, atol=1e-5)
 
 
+def test_a_non_finite_gradient_is_never_hidden(backend: str) -> None:
+    parameter = ParameterLayout.flat(8).parameters[0]
+    for value in (torch.nan, torch.inf):
+        grads = torch.ones(2, 1, 8)
+        grads[1, 0, 3] = value
+        for rule in (Rule("none"), Rule("sign")):
+            features = torch.zeros(2, 64)
+            accumulate(features, grads, parameter, 0, Projection("srht", 64), rule, backend=backend)
+            assert torch.isfinite(features[0]).all() and not torch.isfinite(features[1]).all()
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    parameter = ParameterLayout.flat(8).parameters[0]
+    good = torch.ones(1, 8)
+    for a, word in [(good.double(), "float64"), (good[:, :4], r"\(1, 4\)"), (None, "missing")]:
+        with pytest.raises(LessFastError, match=word):
+            rule = Rule("adam", a, good)
+            accumulate(torch.zeros(2, 64), torch.ones(2, 1, 8), parameter, 0, Projection("srht", 64), rule)
+
+
 def test_hadamard_is_its_own_inverse_and_runs_keep_their_energy() -> None:
     x = torch.randn(3, 64, dtype=torch.float64)
     torch.testing.assert_close(hadamard(hadamard(x)), 64 * x)
@@ -255,6 +275,8 @@ def test_bad_values_are_named() -> None:
         (("srht", 128, 0, 48), "power of two"),
         (("sjlt", 0), "dim"),
         (("sjlt", 8, 0, 64, 0), "nnz"),
+        (("sjlt", 8, 0, 64, 10**11), "nnz"),
+        (("srht", 2**20, 0, 2**20), "power of two up to"),
         (("sjlt", 8.0), "integer"),
     ]:
         with pytest.raises(LessFastError, match=word):

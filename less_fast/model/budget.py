@@ -34,6 +34,9 @@ def auto_token_budget(model: nn.Module, device: torch.device, max_length: int) -
     return 1 << (tokens.bit_length() - 1)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of device or host memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, cuBLAS or Python ran out of device or host memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED"))

@@ -44,23 +44,25 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # it writes every new buffer, and nothing reads that
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        settings.fill_uninitialized_memory = filling
 
 
 @contextmanager
-def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[None]:
-    """Within the context each site's module calls ``receive`` in the backward pass of every forward pass.
+def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[set[int]]:
+    """Within the context each site's module calls ``receive`` in the backward pass of one forward pass.
 
-    The first captured output of the network is made to require a gradient, which is where backward will end: nothing
-    below it is differentiated.
+    Yields the set that the indices of called sites are added to. The first captured output of the network is made to
+    require a gradient, which is where backward will end: nothing below it is differentiated.
     """
     called: set[int] = set()
 
@@ -87,14 +89,25 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[None]:
     with ExitStack() as stack:
         for site in sites:
             stack.callback(site.module.register_forward_hook(forward_hook(site)).remove)
-        yield
+        yield called
 
 
 def run(
     model: nn.Module, sites: Sequence[Site], input_ids: Tensor, labels: LabelPositions, receive: Receiver
 ) -> Tensor:
     """One forward and backward pass of the sum of the examples' losses; returns the losses, float32 (N,)."""
-    with torch.enable_grad(), deterministic(input_ids.device), frozen_eval(model), hooked(sites, receive):
+    with (
+        torch.enable_grad(),
+        deterministic(input_ids.device),
+        frozen_eval(model),
+        hooked(sites, receive) as called,
+    ):
         losses = example_losses(label_logits(model, input_ids, labels), labels)
+        for site in sites:
+            if site.index not in called:
+                raise LessFastError(
+                    f"the module of {site.name} was not called in the forward pass: its adapter is disabled or merged, "
+                    "or its weight is used in another way; leave it out"
+                )
         losses.sum().backward()
     return losses.detach()

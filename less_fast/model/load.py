@@ -79,7 +79,7 @@ def load_model(
 
         try:
             model = PeftModel.from_pretrained(model, str(adapter_path))
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise LessFastError(
                 f"{adapter_path}: the adapter does not fit {model_path} ({_first_line(error)})"
             ) from error
@@ -98,8 +98,20 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, where: str) -> None:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """``model``: names, shapes and 64 evenly spaced values of every base weight; ``adapter``: every LoRA value."""
+    """``model``: the configuration and names, shapes and 64 evenly spaced values of every base weight.
+
+    ``adapter``: every LoRA value, and the scaling of every adapter.
+    """
     base, adapter = hashlib.sha256(), hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        unrelated = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
+        fields = {name: value for name, value in config.to_dict().items() if name not in unrelated}
+        base.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            adapter.update(f"{name} {sorted(scaling.items())}".encode())
     for name, parameter in model.state_dict(keep_vars=True).items():
         if not isinstance(parameter, torch.Tensor):
             continue
@@ -114,8 +126,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _base_of(adapter: Path) -> str:
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    base = config.get("base_model_name_or_path")
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise LessFastError(f"{adapter}/adapter_config.json: not a readable adapter configuration ({error})") from error
     if not base:
         raise LessFastError(f"{adapter}: adapter_config.json names no base model; give the base model's path too")
     return str(base)

@@ -40,30 +40,73 @@ class LabelPositions:
 def right_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``input_ids`` and ``labels`` with each row's tokens moved to its front and the columns of padding alone cut off.
 
+    ``lengths``, int64 (N,), is added. Raises LessFastError for a mask with holes.
     Where padding is on the right, a causal model's real tokens cannot see it, so no attention mask is needed and the
     positions are those of the example alone.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     labels = batch["labels"]
+    lengths = torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
     if mask is not None:
         mask = mask.bool()
         lengths = mask.sum(1)
         longest = int(lengths.max()) if len(lengths) else 0
         prefix = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         if not torch.equal(prefix, mask):
+            rows = (mask != prefix).any(1) & (mask != prefix.flip(1)).any(1)
+            if rows.any():
+                raise LessFastError(
+                    f"the attention mask of example {int(rows.nonzero()[0])} has holes; "
+                    "expected padding at one end only"
+                )
             order = torch.argsort(~mask, dim=1, stable=True)
             ids, labels = ids.gather(1, order), labels.gather(1, order)
         labels = torch.where(prefix, labels, IGNORED)
         ids, labels = ids[:, :longest], labels[:, :longest]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels, "lengths": lengths}
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise LessFastError where a later token changes an earlier token's logits: padding would then be seen too."""
+    embedding = next(model.parameters())
+    probe = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=embedding.device)
+    with torch.no_grad():
+        first, second = model(input_ids=probe, use_cache=False).logits[:, 0].float()
+    # Both rows go through the same operations, so a causal model's differ by rounding at most.
+    rounding = 1e-5 if embedding.dtype in (torch.float32, torch.float64) else 0.03
+    if float((first - second).abs().max()) > rounding * float(first.abs().max()):
+        raise LessFastError(
+            f"the model ({type(model).__name__}) lets a token see later ones, so it is not causal; "
+            "load it as a decoder (is_decoder=True), or use a causal language model"
+        )
+
+
+def check_length_invariant(model: nn.Module, lengths: Tensor) -> None:
+    """Raise LessFastError where the batch's padded length would change its shorter examples.
+
+    Rotary embeddings of the kinds ``dynamic`` and ``longrope`` choose their frequencies by the length of the batch.
+    """
+    config = getattr(model, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope") or lengths.unique().numel() < 2:
+        return
+    positions: Any = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+    original = int(positions)
+    if int(lengths.max()) > original:
+        raise LessFastError(
+            f"the batch has examples of {int(lengths.min())} to {int(lengths.max())} tokens, and beyond {original} "
+            f"the model's {rope['rope_type']} rotary embedding depends on the batch; "
+            f"use max_length={original} or one length a batch"
+        )
 
 
 @contextmanager
-def logits_at(model: nn.Module, labels: LabelPositions) -> Iterator[None]:
+def logits_at(model: nn.Module, shape: torch.Size, labels: LabelPositions) -> Iterator[None]:
     """Within the context the output head sees the hidden states of label positions alone: logits are (1, M, V).
 
-    Everything the model does to logits after its head (scaling, soft-capping) is element-wise and stays in place.
+    ``shape`` is (N, T). Everything the model does to logits after its head (scaling, soft-capping) is element-wise and
+    stays in place.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -71,9 +114,10 @@ def logits_at(model: nn.Module, labels: LabelPositions) -> Iterator[None]:
         yield
         return
 
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[labels.example, labels.position].unsqueeze(0), *args[1:])
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args or args[0].shape[:2] != shape:
+            return None  # a head that is fed in another way computes all logits
+        return (args[0][labels.example, labels.position].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -84,7 +128,7 @@ def logits_at(model: nn.Module, labels: LabelPositions) -> Iterator[None]:
 
 def label_logits(model: nn.Module, input_ids: Tensor, labels: LabelPositions) -> Tensor:
     """Run the model and return the logits that predict the labels: (M, V)."""
-    with logits_at(model, labels):
+    with logits_at(model, input_ids.shape, labels):
         output = model(input_ids=input_ids, use_cache=False)
     logits: Tensor = output.logits
     n, length = input_ids.shape

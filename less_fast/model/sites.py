@@ -50,6 +50,7 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
     LessFastError
         naming the parameter or module, where nothing is found or something found is not supported.
     """
+    _refuse_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: list[tuple[str, Any]] = []
     # Duplicates stay in: a tied weight has to be refused under the name it was asked for by.
@@ -57,7 +58,7 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
         owner, _, leaf = name.rpartition(".")
         module = modules[owner]
         if targets is None:
-            if _is_adapter_weight(name, module, parameter):
+            if _is_adapter_weight(name, module, parameter) and _is_active(modules, owner):
                 chosen.append((name, module))
         elif leaf == "weight" and re.search(targets, owner):
             if not isinstance(module, (nn.Linear, Conv1D)):
@@ -66,6 +67,8 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
                         f"target {owner} is a {type(module).__name__}; only Linear layers are supported"
                     )
                 continue
+            if not parameter.is_floating_point():
+                raise LessFastError(f"target {owner} has a quantised weight ({parameter.dtype}); put an adapter on it")
             chosen.append((name, module))
     if not chosen:
         if targets is None:
@@ -81,6 +84,28 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
         for index, (parameter, (_, module)) in enumerate(zip(layout.parameters, chosen))
     ]
     return sites, layout
+
+
+def _refuse_model(model: nn.Module) -> None:
+    """Raise LessFastError for encoder-decoders and for adapters that train what is not captured."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise LessFastError(
+            f"the model is an encoder-decoder ({type(model).__name__}); expected a causal language model"
+        )
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        if getattr(adapter, "bias", "none") != "none":
+            raise LessFastError(
+                f"adapter {name} trains biases (bias={adapter.bias!r}), whose gradients are not captured; "
+                "retrain it with bias='none', or name the Linear layers you want with targets='regex'"
+            )
+
+
+def _is_active(modules: dict[str, nn.Module], owner: str) -> bool:
+    """Whether the adapter that a LoRA matrix belongs to is in use; ``owner`` is like ...q_proj.lora_A.default."""
+    path, _, adapter = owner.rpartition(".")
+    active = getattr(modules[path.rpartition(".")[0]], "active_adapters", None)
+    return active is None or adapter in active
 
 
 def _is_adapter_weight(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:

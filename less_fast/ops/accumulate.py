@@ -81,11 +81,22 @@ def accumulate(
         raise LessFastError(f"features have shape {tuple(features.shape)}; expected ({n}, {projection.dim})")
     if not features.stride(1) == 1 or not (grads.stride(2) == 1 and (short == 1 or grads.stride(1) == long)):
         raise LessFastError(f"features or gradients of {parameter.name} are not contiguous in their last dimensions")
+    if rule.kind == "adam":
+        _check_tables(rule, grads)
     if n == 0:
         return
     with torch.no_grad():
         name = resolve(features, grads, projection, backend)
         BACKENDS[name].run(features, grads, parameter, run_base, projection, rule)
+
+
+def _check_tables(rule: Rule, grads: Tensor) -> None:
+    for name, table in (("a", rule.a), ("b", rule.b)):
+        if table is None or table.shape != grads.shape[1:] or table.dtype != torch.float32:
+            found = "missing" if table is None else f"{table.dtype} {tuple(table.shape)}"
+            raise LessFastError(f"Adam's table {name} is {found}; expected float32 {tuple(grads.shape[1:])}")
+        if table.device != grads.device or not table.is_contiguous():
+            raise LessFastError(f"Adam's table {name} is on {table.device}; expected it contiguous on {grads.device}")
 
 
 def accumulate_cost(n: int, parameter: Parameter, projection: Projection, rule: Rule) -> tuple[int, int]:

@@ -22,9 +22,9 @@ def outer_products(
     """
     if lengths is None:
         left, right = left[start:stop].transpose(1, 2), right[start:stop]
-        if left.dtype == torch.float32:
+        if left.dtype == right.dtype == torch.float32:
             torch.bmm(left, right, out=out)
-        elif left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        elif left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16):
             torch.bmm(left, right, out_dtype=torch.float32, out=out)
         else:
             torch.bmm(left.float(), right.float(), out=out)

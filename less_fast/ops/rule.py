@@ -43,7 +43,7 @@ class Rule:
         if self.kind == "none":
             return grads
         if self.kind == "sign":
-            return torch.sign(grads)
+            return torch.sign(grads) + (grads - grads)  # the difference is NaN where g is not finite, else 0
         assert self.a is not None and self.b is not None
         a, b = self.a.to(grads), self.b.to(grads)
         return (a + self.alpha * grads) / (torch.sqrt(b + self.gamma * grads.square()) + self.e)

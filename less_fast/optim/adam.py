@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from less_fast.errors import LessFastError
 from less_fast.layout import Parameter, ParameterLayout
 from less_fast.ops.rule import NONE, Rule
-from less_fast.optim.checkpoint import Moments, read_moments
+from less_fast.optim.checkpoint import Moments, clean_name, read_moments
 
 RULES = ("less", "torch")
 
@@ -87,7 +87,7 @@ class AdamState:
         return [self._rule_of(parameter, device) for parameter in layout.parameters]
 
     def _rule_of(self, parameter: Parameter, device: torch.device) -> Rule:
-        moments = self.moments.get(parameter.name)
+        moments = self.moments.get(clean_name(parameter.name))
         if moments is None:
             raise LessFastError(
                 f"{self.source}: no optimizer state for {parameter.name}; use the optimizer saved with this adapter"
@@ -101,6 +101,11 @@ class AdamState:
         correction1 = correction2 = 1.0
         inside, outside = self.eps, 0.0
         if self.rule == "torch":
+            if moments.step is None:
+                raise LessFastError(
+                    f"{self.source}: the optimizer state of {parameter.name} has no step, which rule 'torch' needs; "
+                    "use rule 'less'"
+                )
             step = moments.step + 1
             correction1, correction2 = 1 - self.beta1**step, 1 - self.beta2**step
             inside, outside = 0.0, self.eps
@@ -120,7 +125,7 @@ class AdamState:
             entry = self.moments[name]
             digest.update(f"{name} {entry.step}".encode())
             for moment in (entry.m, entry.v):
-                digest.update(moment.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(moment.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return {
             "kind": "adam",
             "rule": self.rule,

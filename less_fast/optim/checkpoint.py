@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from less_fast.errors import LessFastError
 
 FILES = ("optimizer.pt", "optimizer.bin")
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
 class Moments(NamedTuple):
-    """First and second moment, in the parameter's shape, and the number of steps taken."""
+    """First and second moment, in the parameter's shape, and the number of steps taken (None: the file has none)."""
 
     m: Tensor
     v: Tensor
-    step: int
+    step: int | None
 
 
 def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict[str, float]]:
@@ -28,14 +30,19 @@ def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict
     file = _find(path)
     content = _load(file)
     state, groups = content["state"], content.get("param_groups") or []
+    steps = {key: group["step"] for group in groups if "step" in group for key in group["params"]}
     if not state:
         raise LessFastError(f"{file}: the optimizer state is empty; was the checkpoint saved before the first step?")
     if all(isinstance(key, str) for key in state):
-        named = {_clean(key): entry for key, entry in state.items()}
+        named = {clean_name(key): {"step": steps.get(key), **entry} for key, entry in state.items()}
+        if len(named) != len(state):
+            raise LessFastError(f"{file}: several entries mean the same parameter once wrappers' prefixes are dropped")
     elif all(isinstance(key, int) for key in state):
-        named = {name: state[key] for key, name in _align(file, state, groups, model).items() if key in state}
+        names = _align(file, state, groups, model)
+        named = {name: {"step": steps.get(key), **state[key]} for key, name in names.items() if key in state}
     else:
         raise LessFastError(f"{file}: expected all integer or all string keys in the optimizer state; found a mixture")
+    _check_adapter(file, named)
     moments = {name: _moments(file, name, entry) for name, entry in named.items()}
     saved: dict[str, float] = {}
     if groups and "betas" in groups[0]:
@@ -68,11 +75,30 @@ def _load(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _clean(name: str) -> str:
-    # Wrappers put their own prefix before the names of the model they hold.
-    for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module."):
-        name = name.replace(prefix, "")
-    return name
+def clean_name(name: str) -> str:
+    """A parameter's name without the path components that wrappers (DDP, FSDP, torch.compile) put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _check_adapter(file: Path, named: Mapping[str, Any]) -> None:
+    """Where the adapter lies beside the optimizer, its weights must be the parameters that were trained.
+
+    Integer-keyed states carry no names: with shapes alone, an adapter on q and k would pass for one on q and v.
+    """
+    adapter = file.parent / "adapter_model.safetensors"
+    if not adapter.exists():
+        return
+    from safetensors import safe_open
+
+    with safe_open(adapter, framework="numpy") as tensors:
+        saved = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  (not a dictionary)
+    trained = {re.sub(r"(\.lora_[AB])\.[^.]+(\.weight)$", r"\1\2", name) for name in named if ".lora_" in name}
+    if trained and (different := sorted(saved ^ trained)):
+        name = different[0]
+        where = "the saved adapter" if name in saved else "the model"
+        raise LessFastError(
+            f"{file}: the optimizer's checkpoint and the model have different adapters: {name} is only in {where}"
+        )
 
 
 def _moments(file: Path, name: str, entry: Mapping[str, Any]) -> Moments:
@@ -87,7 +113,8 @@ def _moments(file: Path, name: str, entry: Mapping[str, Any]) -> Moments:
         )
     if not (torch.isfinite(m).all() and torch.isfinite(v).all()) or bool((v < 0).any()):
         raise LessFastError(f"{file}: the moments of {name} are not finite or the second is negative")
-    return Moments(m.float(), v.float(), int(entry.get("step", 0)))
+    step = entry.get("step")
+    return Moments(m.float(), v.float(), None if step is None else int(step))
 
 
 def _align(
@@ -97,14 +124,14 @@ def _align(
     sizes = [len(group["params"]) for group in groups] or [len(state)]
     keys = [key for group in groups for key in group["params"]] or sorted(state)
     if all("param_names" in group for group in groups) and groups:
-        return dict(zip(keys, (_clean(name) for group in groups for name in group["param_names"])))
+        return dict(zip(keys, (clean_name(name) for group in groups for name in group["param_names"])))
     best: str | None = None
     for candidates in _candidates(model):
         names = _grouped(candidates, sizes)
         if names is None:
             best = best or (
-                f"it has {sum(sizes)} parameters, the model trains {len(candidates)} "
-                f"(the first is {next(iter(candidates))})"
+                f"its groups have {', '.join(map(str, sizes))} parameters, the model trains {len(candidates)} "
+                f"(the first is {next(iter(candidates))}) in one group, or two by weight decay"
             )
             continue
         wrong = _first_mismatch(keys, names, state, candidates)
@@ -116,7 +143,7 @@ def _align(
 
 def _candidates(model: nn.Module) -> list[dict[str, nn.Parameter]]:
     """What may have been trained, most likely first: the adapter, what requires a gradient now, everything."""
-    every = dict(model.named_parameters())
+    every = {clean_name(name): parameter for name, parameter in model.named_parameters()}
     adapter = {name: p for name, p in every.items() if "lora_" in name or "modules_to_save" in name}
     trainable = {name: p for name, p in every.items() if p.requires_grad}
     return [candidate for candidate in (adapter, trainable, every) if candidate]

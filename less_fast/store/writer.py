@@ -159,9 +159,9 @@ class StoreWriter:
         """First row of a shard, and the row after its last."""
         return self._manifest.bounds(shard)
 
-    def shard_facts(self) -> list[dict[str, Any]]:
-        """The facts given with each shard that is there, ascending."""
-        return [dict(self._manifest.shards[shard].facts) for shard in sorted(self._manifest.shards)]
+    def shard_facts(self) -> dict[int, dict[str, Any]]:
+        """The facts given with each shard that is there, by its number."""
+        return {shard: dict(entry.facts) for shard, entry in self._manifest.shards.items()}
 
     def write(
         self,
