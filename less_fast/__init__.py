@@ -1,1 +1,60 @@
-"""less_fast."""
+"""less_fast: LESS data selection at nearly the price of the model's own forward and backward pass."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from less_fast.errors import LessFastError
+    from less_fast.extraction import extract, extract_many
+    from less_fast.features import FeatureExtractor, Output
+    from less_fast.model import load_model
+    from less_fast.ops.project import project
+    from less_fast.optim import AdamState
+    from less_fast.projection import Projection
+    from less_fast.scoring import influence, select
+    from less_fast.store import FeatureStore
+
+# Loaded when first used: importing torch and transformers takes seconds, and `less-fast --help` needs neither.
+_ROOMS = {
+    "AdamState": "optim",
+    "FeatureExtractor": "features",
+    "FeatureStore": "store",
+    "LessFastError": "errors",
+    "Output": "features",
+    "Projection": "projection",
+    "extract": "extraction",
+    "extract_many": "extraction",
+    "influence": "scoring",
+    "load_model": "model",
+    "project": "ops.project",
+    "select": "scoring",
+}
+
+__all__ = [
+    "AdamState",
+    "FeatureExtractor",
+    "FeatureStore",
+    "LessFastError",
+    "Output",
+    "Projection",
+    "extract",
+    "extract_many",
+    "influence",
+    "load_model",
+    "project",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"less_fast.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

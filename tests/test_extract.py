@@ -19,7 +19,7 @@ from support.tiny import examples, save_tiny_llama, write_jsonl
 
 from less_fast.data import collate, encode_all, load_examples
 from less_fast.errors import LessFastError
-from less_fast.extract import extract, extract_many
+from less_fast.extraction import extract, extract_many
 from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
 from less_fast.model import load_model
 from less_fast.projection import Projection

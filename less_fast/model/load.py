@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=_DTYPES[dtype])
+        with _quiet_loading():
+            model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=_DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise LessFastError(f"{model_path}: no causal language model could be loaded ({_first_line(error)})") from error
     has_own_tokenizer = adapter_path is not None and (Path(adapter_path) / "tokenizer_config.json").exists()
@@ -85,6 +88,20 @@ def load_model(
             ) from error
     model.eval()
     return model.to(place), tokenizer
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Within the context transformers shows no progress bar for weights; a run loads the model many times."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, where: str) -> None:

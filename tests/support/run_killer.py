@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from support import tiny
 
 from less_fast.config import RunConfig
 from less_fast.pipeline import run
+from support import tiny
 
 # Made from time stamps and paths; the settings name the folder itself.
 _VARYING = ("config.yaml", "warmup/")

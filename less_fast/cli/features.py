@@ -1,0 +1,199 @@
+"""``less-fast extract`` and ``less-fast info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from less_fast.cli.output import only_results_on_stdout, show
+from less_fast.config import RunConfig
+from less_fast.errors import LessFastError
+
+if TYPE_CHECKING:
+    from less_fast.store import FeatureStore
+
+_PRECONDITIONS = ("adam", "sgd", "sign")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("extract")(_extract)
+    app.command("info")(_info)
+
+
+def _extract(
+    model: Annotated[str, typer.Argument(help="Folder (or hub name) of the model, or of an adapter.")],
+    data: Annotated[list[str], typer.Argument(help="Files of examples.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the store; of all stores, where several are asked for.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter to put on the model.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint (or file) with Adam's state.", show_default="the adapter's folder"),
+    ] = None,
+    rule: Annotated[str, typer.Option(help="Adam's update.", metavar="less|torch")] = "less",
+    precondition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the gradient goes through. Repeatable.",
+            metavar="adam|sgd|sign",
+            show_default="adam with --optimizer, else sgd",
+        ),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Kind of projection.", metavar="srht|sjlt|rademacher|gaussian|identity")
+    ] = RunConfig.projection,
+    dim: Annotated[
+        list[int] | None, typer.Option(help="Features per example. Repeatable.", show_default=str(RunConfig.dim))
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the projection.")] = RunConfig.seed,
+    block: Annotated[int, typer.Option(help="Length of the runs that srht mixes.")] = RunConfig.block,
+    nnz: Annotated[int, typer.Option(help="Non-zeros per column of sjlt.")] = RunConfig.nnz,
+    modules: Annotated[
+        str | None,
+        typer.Option(help="Regular expression of the Linear layers to use.", show_default="the LoRA matrices"),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="How an example becomes text.", metavar="tulu|chat|raw")
+    ] = RunConfig.template,
+    max_length: Annotated[int, typer.Option(help="Tokens that an example is cut to.")] = RunConfig.max_length,
+    limit: Annotated[int | None, typer.Option(help="Take only the first so many examples.")] = None,
+    store_dtype: Annotated[
+        str, typer.Option(help="Type that features are stored in.", metavar="float32|float16|bfloat16")
+    ] = RunConfig.store_dtype,
+    token_budget: Annotated[str, typer.Option(help="Padded tokens per batch, or auto.")] = "auto",
+    shard_size: Annotated[int, typer.Option(help="Examples per shard.")] = RunConfig.shard_size,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the model's frozen weights.", metavar="float32|bfloat16|float16")
+    ] = RunConfig.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunConfig.device,
+    backend: Annotated[
+        str, typer.Option(help="What computes the projection.", metavar="auto|triton|cpu|reference")
+    ] = RunConfig.backend,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write the gradient features of examples to a store; the same command goes on where an earlier one stopped.
+
+    Several --dim or --precondition are made in one pass, each in its own store, such as OUT/adam-dim8192.
+    """
+    preconditions = list(dict.fromkeys(precondition or (["adam"] if optimizer else ["sgd"])))
+    dims = list(dict.fromkeys(dim or [RunConfig.dim]))
+    for name in preconditions:
+        if name not in _PRECONDITIONS:
+            raise LessFastError(f"--precondition is {name!r}; expected one of {', '.join(_PRECONDITIONS)}")
+    if token_budget != "auto" and not token_budget.isdigit():
+        raise LessFastError(f"--token-budget is {token_budget!r}; expected auto or a number of tokens")
+    with only_results_on_stdout():
+        from less_fast.data import load_examples
+        from less_fast.extraction import extract_many
+        from less_fast.features import Output
+        from less_fast.model.load import load_model
+        from less_fast.optim import AdamState
+        from less_fast.projection import Projection
+
+        projections = [Projection(kind, size, seed, block, nnz) for size in dims]
+        examples = load_examples(data, limit=limit)
+        loaded, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
+        state: dict[str, Any] = {name: name for name in preconditions}
+        if "adam" in state:
+            state["adam"] = AdamState.from_checkpoint(optimizer or adapter or model, loaded, rule)
+        pairs = [(name, projection) for name in preconditions for projection in projections]
+        outputs: dict[str | Path, Output] = {
+            (out if len(pairs) == 1 else out / f"{name}-dim{projection.dim}"): Output(projection, state[name])
+            for name, projection in pairs
+        }
+        stores = extract_many(
+            loaded,
+            examples,
+            outputs,
+            tokenizer=tokenizer,
+            template=template,
+            max_length=max_length,
+            dtype=store_dtype,
+            token_budget=token_budget if token_budget == "auto" else int(token_budget),
+            shard_size=shard_size,
+            targets=modules,
+            backend=backend,
+            progress=progress,
+        )
+    results = [_summary(store) for store in stores.values()]
+    show({"stores": results}, "\n".join(_line(result) for result in results), as_json)
+
+
+def _info(
+    store: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tell what a store holds and how it was made; with --verify, exit with status 1 if a file is damaged."""
+    from less_fast.store import FeatureStore
+
+    opened = FeatureStore(store, allow_partial=True)
+    verification = opened.verify() if verify else None
+    problems = verification.problems if verification else []
+    # The columns of a damaged store cannot be read; what is wrong with it is then all there is to tell.
+    result = _facts(opened) if problems else _summary(opened)
+    text = "\n".join(f"{name}: {_plain(value)}" for name, value in result.items())
+    if verification:
+        result["verified"] = {"ok": not problems, "problems": problems}
+        verdict = problems or [f"verified: all files of {verification.n_shards} shards are as they were written"]
+        text = "\n".join([text, *verdict])
+    show(result, text, as_json)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _facts(store: FeatureStore) -> dict[str, Any]:
+    facts = store.facts
+    total = -(-len(store) // store.manifest["shard_size"])
+    result: dict[str, Any] = {
+        "path": str(store.path),
+        "rows": len(store),
+        "dim": store.dim,
+        "dtype": store.dtype,
+        "shards": {"done": len(store.manifest["shards"]), "total": total},
+        "bytes": sum(shard["bytes"] for shard in store.manifest["shards"]),
+    }
+    told = (
+        "projection",
+        "precondition",
+        "template",
+        "max_length",
+        "model",
+        "adapter",
+        "examples",
+        "numerics",
+        "versions",
+    )
+    return {**result, **{name: facts[name] for name in told if name in facts}}
+
+
+def _summary(store: FeatureStore) -> dict[str, Any]:
+    from less_fast.store import Status
+
+    counts = {status.name.lower(): int((store.status == status).sum()) for status in Status}
+    norms = store.norms[store.status == Status.OK]
+    return {
+        **_facts(store),
+        "status": {name: count for name, count in counts.items() if count or name == "ok"},
+        "tokens": int(store.n_tokens.sum()),
+        "labels": int(store.n_labels.sum()),
+        "norm": {"smallest": float(norms.min()), "mean": float(norms.mean()), "largest": float(norms.max())}
+        if len(norms)
+        else None,
+    }
+
+
+def _line(result: dict[str, Any]) -> str:
+    status = ", ".join(f"{count:,} {name}" for name, count in result["status"].items())
+    return f"{result['path']}: {result['rows']:,} rows x {result['dim']} in {result['dtype']} ({status})"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,70 @@
+"""What commands share: pure standard output, lists in options, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from less_fast.errors import LessFastError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# How libraries that write in Rust or C++ word it; they do not raise OSError.
+_DISK_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "code: 28", "file write failed")
+
+
+@contextlib.contextmanager
+def only_results_on_stdout() -> Iterator[None]:
+    """Whatever libraries print while the work goes on belongs to standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def show(result: Any, text: str, as_json: bool) -> None:
+    """Print a result: as JSON, or the text."""
+    print(json.dumps(result, indent=2) if as_json else text)
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """The numbers of an option such as ``0.4,0.3``."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise LessFastError(
+            f"{option} is {text!r}; expected numbers with commas between them, such as 0.6,0.4"
+        ) from None
+
+
+def named_files(values: Sequence[str]) -> dict[str, str] | list[str]:
+    """``NAME=FILE`` values as a table; plain files stay a list. A mixture names the plain ones by their stems."""
+    from less_fast.config import task_name
+
+    pairs = [value.partition("=") for value in values]
+    if not any(mark and "/" not in name for name, mark, _ in pairs):
+        return list(values)
+    named: dict[str, str] = {}
+    for value, (name, mark, file) in zip(values, pairs):
+        if not mark or "/" in name:
+            name, file = task_name(value), value
+        if name in named:
+            raise LessFastError(
+                f"two targets are named {name!r} ({named[name]} and {file}); give them names of their own"
+            )
+        named[name] = file
+    return named
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that there is no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        if any(words in str(error) for words in _DISK_FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

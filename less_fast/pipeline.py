@@ -1,0 +1,306 @@
+"""The whole of LESS from one ``RunConfig``: warm-up, features, scores, selection; each part is made once and kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from less_fast.checkpoints import Checkpoint, checkpoint_folders, discover_checkpoints, read_state
+from less_fast.config import RunConfig
+from less_fast.data import Examples, load_examples
+from less_fast.errors import LessFastError
+from less_fast.extraction import extract
+from less_fast.model.load import load_model, pick_device
+from less_fast.model.lora import LoraSettings
+from less_fast.optim import AdamState
+from less_fast.optim.adam import Precondition
+from less_fast.projection import Projection
+from less_fast.report import checkpoint_table, composition_table, read_groups
+from less_fast.run_folder import RunFolder, write_json
+from less_fast.score_table import read_scores
+from less_fast.scoring import Share, composition, influence, select, write_scores
+from less_fast.store import FeatureStore
+from less_fast.store.files import check_free_space
+from less_fast.warmup import warmup
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with.
+
+    ``out``: its folder. ``checkpoints``, ``weights``: those that were used; the weights sum to 1. ``selected``: task ->
+    rows of the pool, best first, int64. ``report``: the content of report.json. ``table``: the same for people.
+    ``made``: what this call made, in order; empty where everything was there already.
+    """
+
+    out: Path
+    checkpoints: list[Checkpoint]
+    weights: list[float]
+    selected: dict[str, NDArray[np.int64]]
+    report: dict[str, Any]
+    table: str
+    made: list[str]
+
+
+def say_to_stderr(line: str) -> None:
+    """Print a line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(config: RunConfig, *, progress: bool = True, say: Say = say_to_stderr) -> RunResult:
+    """Warm up, extract, score and select as the settings say; go on where an earlier call with the same ones stopped.
+
+    ``progress``: show bars. ``say``: gets the lines that tell what is done. Raises LessFastError for missing or wrong
+    input, all of which is read before anything is made, and for an ``out`` that holds a run with other settings.
+    """
+    config.require_complete()
+    config = config.resolved()
+    pick_device(config.device)
+    projection = Projection(config.projection, config.dim, config.seed, config.block, config.nnz)
+    pool = load_examples(list(config.train))
+    targets = {task: load_examples(file) for task, file in config.targets.items()}
+    groups = read_groups(config.groups) if config.groups else None
+    _choose(config, np.zeros(len(pool)))  # a fraction that selects nothing is an error now, not after hours
+    folder = RunFolder(Path(config.out))
+    with folder.writing():
+        folder.adopt(config, say)
+        return _Run(config, folder, projection, pool, targets, groups, progress, say).finish()
+
+
+@dataclass
+class _Run:
+    """One run, its input read and its folder locked."""
+
+    config: RunConfig
+    folder: RunFolder
+    projection: Projection
+    pool: Examples
+    targets: dict[str, Examples]
+    groups: dict[str, str] | None
+    progress: bool
+    say: Say
+    made: list[str] = field(default_factory=list)
+
+    def finish(self) -> RunResult:
+        self._check_room()
+        checkpoints, weights = self._checkpoints()
+        self.say(checkpoint_table(checkpoints, weights))
+        for checkpoint in checkpoints:
+            self._features(checkpoint)
+        self._scores(checkpoints, weights)
+        selected = self._select()
+        report, shown = self._report(checkpoints, weights, selected)
+        if not self.made:
+            self.say(f"{self.folder.path}: everything was there already; nothing was made again")
+        return RunResult(self.folder.path, checkpoints, weights, selected, report, shown, self.made)
+
+    def _note(self, what: str) -> None:
+        self.made.append(what)
+        self.say(f"{what}: done")
+
+    def _check_room(self) -> None:
+        if self.folder.features.exists():
+            return
+        run_dir = self.config.checkpoints
+        n_checkpoints = len(checkpoint_folders(Path(run_dir))) if run_dir else self.config.warmup_epochs
+        rows = len(self.pool) + sum(map(len, self.targets.values()))
+        width = 4 if self.config.store_dtype == "float32" else 2
+        check_free_space(self.folder.path, n_checkpoints * rows * self.config.dim * width)
+
+    # Checkpoints
+
+    def _checkpoints(self) -> tuple[list[Checkpoint], list[float]]:
+        """The checkpoints and their weights, which sum to 1; recorded, so that a finished warm-up is left alone."""
+        file = self.folder.checkpoints
+        recorded = json.loads(file.read_text()) if file.exists() else None
+        if self.config.checkpoints:
+            checkpoints = self._existing(Path(self.config.checkpoints))
+        elif recorded and recorded["examples"] == self.pool.fingerprint:
+            checkpoints = [
+                Checkpoint(**{**entry, "path": self.folder.path / entry["path"]}) for entry in recorded["checkpoints"]
+            ]
+        else:
+            checkpoints = self._warmup()
+        given = self.config.checkpoint_weights
+        weights = list(given) if given else [checkpoint.learning_rate for checkpoint in checkpoints]
+        if len(weights) != len(checkpoints):
+            raise LessFastError(
+                f"setting checkpoint_weights has {len(weights)} weights for {len(checkpoints)} checkpoints; "
+                "expected one each"
+            )
+        if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise LessFastError(f"checkpoint weights are {weights}; expected numbers of at least 0, not all of them 0")
+        weights = [weight / sum(weights) for weight in weights]
+        record = {
+            "examples": self.pool.fingerprint,
+            "checkpoints": [
+                {**asdict(checkpoint), "path": self.folder.relative(checkpoint.path)} for checkpoint in checkpoints
+            ],
+            "weights": weights,
+        }
+        if recorded is None:
+            write_json(file, record)
+        elif recorded != record:
+            raise LessFastError(
+                f"{self.folder.path}: was begun with other examples or checkpoints than there are now "
+                f"(compare {file}); restore them, or choose another out"
+            )
+        return checkpoints, weights
+
+    def _existing(self, run_dir: Path) -> list[Checkpoint]:
+        given = self.config.checkpoint_weights
+        if given is None or not checkpoint_folders(run_dir):
+            return discover_checkpoints(run_dir)
+        # With weights of their own, checkpoints need no Trainer state.
+        return [
+            Checkpoint(path, step, float((read_state(path) or {}).get("epoch", number)), weight)
+            for number, ((step, path), weight) in enumerate(zip(checkpoint_folders(run_dir), given), start=1)
+        ]
+
+    def _warmup(self) -> list[Checkpoint]:
+        config = self.config
+        modules = config.lora_modules
+        checkpoints = warmup(
+            config.model,
+            self.pool,
+            self.folder.warmup,
+            fraction=config.warmup_fraction,
+            epochs=config.warmup_epochs,
+            learning_rate=config.warmup_learning_rate,
+            batch_size=config.warmup_batch_size,
+            micro_batch_size=config.warmup_micro_batch_size,
+            lora=LoraSettings(
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                modules if modules == "auto" else list(modules),
+            ),
+            template=config.template,
+            max_length=config.max_length,
+            seed=config.warmup_seed,
+            subset_seed=config.warmup_subset_seed,
+            dtype=config.dtype,
+            device=config.device,
+            progress=self.progress,
+        )
+        self._note("warm-up")
+        return checkpoints
+
+    # Features
+
+    def _features(self, checkpoint: Checkpoint) -> None:
+        """The stores of one checkpoint that are not whole; the model is loaded once for all of them."""
+        jobs = {self.folder.train_store(checkpoint): self.pool}
+        jobs |= {self.folder.target_store(checkpoint, task): examples for task, examples in self.targets.items()}
+        todo = {path: examples for path, examples in jobs.items() if not self._is_whole(path, examples)}
+        if not todo:
+            return
+        model, tokenizer = self._load(checkpoint)
+        for path, examples in todo.items():
+            precondition: Precondition = "sgd"
+            if examples is self.pool:
+                precondition = AdamState.from_checkpoint(checkpoint.path, model, self.config.adam_rule)
+            self.say(f"features at checkpoint {checkpoint.step}: {path.name}, {len(examples):,} examples")
+            extract(
+                model,
+                examples,
+                path,
+                projection=self.projection,
+                precondition=precondition,
+                tokenizer=tokenizer,
+                template=self.config.template,
+                max_length=self.config.max_length,
+                dtype=self.config.store_dtype,
+                token_budget=self.config.token_budget,
+                shard_size=self.config.shard_size,
+                targets=self.config.modules,
+                backend=self.config.backend,
+                progress=self.progress,
+            )
+            self.made.append(f"features of checkpoint {checkpoint.step}, {path.name}")
+
+    def _load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+        options = {"dtype": self.config.dtype, "device": self.config.device}
+        if (checkpoint.path / "adapter_config.json").exists() or self.config.modules is None:
+            return load_model(self.config.model, checkpoint.path, **options)
+        return load_model(checkpoint.path, **options)
+
+    def _is_whole(self, path: Path, examples: Examples) -> bool:
+        """Whether a store is there and of these examples; whatever else is wrong with it, the extraction will say."""
+        try:
+            store = FeatureStore(path)
+        except LessFastError:
+            return False
+        files = [(path / shard["file"], shard["bytes"]) for shard in store.manifest["shards"]]
+        there = all(file.exists() and file.stat().st_size == size for file, size in files)
+        return there and store.facts.get("examples") == examples.fingerprint
+
+    # Scores, selection, report
+
+    def _scores(self, checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> None:
+        suffixes = [".parquet", ".csv"] if self.config.scores_csv else [".parquet"]
+        todo = [task for task in self.targets if not all(self.folder.scores(task, s).exists() for s in suffixes)]
+        if not todo:
+            return
+        train = [FeatureStore(self.folder.train_store(checkpoint)) for checkpoint in checkpoints]
+        stores = {
+            task: [FeatureStore(self.folder.target_store(checkpoint, task)) for checkpoint in checkpoints]
+            for task in todo
+        }
+        for task, scores in influence(train, stores, weights).items():
+            for suffix in suffixes:
+                write_scores(self.folder.scores(task, suffix), train[0].rows, scores, how=self.config.aggregate)
+            self._note(f"scores for {task}")
+
+    def _select(self) -> dict[str, NDArray[np.int64]]:
+        selected = {}
+        for task in self.targets:
+            rows = selected[task] = _choose(self.config, read_scores(self.folder.scores(task)).scores)
+            file = self.folder.selected(task)
+            if not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                self.pool.write_lines(rows, file)
+                self._note(f"selection of {len(rows):,} examples for {task}")
+        return selected
+
+    def _report(
+        self, checkpoints: Sequence[Checkpoint], weights: Sequence[float], selected: dict[str, NDArray[np.int64]]
+    ) -> tuple[dict[str, Any], str]:
+        datasets = {task: composition(self.pool.datasets, rows.tolist()) for task, rows in selected.items()}
+        report: dict[str, Any] = {
+            "examples": len(self.pool),
+            "checkpoints": [
+                {"step": checkpoint.step, "learning_rate": checkpoint.learning_rate, "weight": weight}
+                for checkpoint, weight in zip(checkpoints, weights)
+            ],
+            "targets": {
+                task: {"selected": len(rows), "datasets": _plain(datasets[task])} for task, rows in selected.items()
+            },
+        }
+        shown, name = datasets, "dataset"
+        if self.groups is not None:
+            names = [self.groups.get(dataset, dataset) for dataset in self.pool.datasets]
+            shown, name = {task: composition(names, rows.tolist()) for task, rows in selected.items()}, "group"
+            for task, shares in shown.items():
+                report["targets"][task]["groups"] = _plain(shares)
+        file = self.folder.report
+        if not file.exists() or json.loads(file.read_text()) != report:
+            write_json(file, report)
+        return report, composition_table(shown, name)
+
+
+def _choose(config: RunConfig, scores: NDArray[Any]) -> NDArray[np.int64]:
+    return select(scores, n=config.n) if config.n is not None else select(scores, fraction=config.fraction)
+
+
+def _plain(shares: Sequence[Share]) -> list[dict[str, Any]]:
+    return [asdict(share) for share in shares]
