@@ -23,6 +23,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 
 # torch first and alone: with an exact version a CPU wheel that is at hand is taken, and nothing pulls another one.
 $(VENV)/.torch: constraints.txt

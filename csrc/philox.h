@@ -12,7 +12,7 @@ struct Words {
   uint32_t w[4];
 };
 
-inline __attribute__((always_inline)) Words philox(uint64_t seed, uint64_t index, uint32_t block, uint32_t tag) {
+inline Words philox(uint64_t seed, uint64_t index, uint32_t block, uint32_t tag) {
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = block, c3 = tag;
   uint32_t key_lo = static_cast<uint32_t>(seed), key_hi = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {

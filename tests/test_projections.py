@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -293,3 +295,20 @@ def test_bad_values_are_named() -> None:
     assert Projection.from_dict(projection.to_dict()) == projection
     assert projection.same_matrix(Projection("sjlt", 10, 3, block=8, nnz=2))
     assert not projection.same_matrix(Projection("sjlt", 10, 4, nnz=2))
+
+
+_MEMORY = """
+import resource, torch
+from less_fast import Projection, project
+grads = torch.randn(2, 300_000)
+project(grads[:, :1000], Projection({kind!r}, 4096))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+project(grads, Projection({kind!r}, 4096))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "srht"])
+def test_no_matrix_is_held(kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _MEMORY.format(kind=kind)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64  # MiB; the matrix would take 4,688, a copy of the gradients 2
