@@ -32,35 +32,44 @@ inline void flip(float* __restrict x, const uint32_t* __restrict mask, int64_t n
   }
 }
 
-// The first three butterflies of eight neighbours.
-inline void hadamard8(float* x) {
 #ifdef LF_AVX2
+// The first three butterflies of eight neighbours.
+inline __m256 hadamard8(__m256 v) {
   const __m256 odd = _mm256_castsi256_ps(_mm256_setr_epi32(0, INT32_MIN, 0, INT32_MIN, 0, INT32_MIN, 0, INT32_MIN));
   const __m256 pair = _mm256_castsi256_ps(_mm256_setr_epi32(0, 0, INT32_MIN, INT32_MIN, 0, 0, INT32_MIN, INT32_MIN));
   const __m256 half = _mm256_castsi256_ps(_mm256_setr_epi32(0, 0, 0, 0, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN));
-  __m256 v = _mm256_loadu_ps(x);
   v = _mm256_add_ps(_mm256_permute_ps(v, 0xB1), _mm256_xor_ps(v, odd));
   v = _mm256_add_ps(_mm256_permute_ps(v, 0x4E), _mm256_xor_ps(v, pair));
-  v = _mm256_add_ps(_mm256_permute2f128_ps(v, v, 1), _mm256_xor_ps(v, half));
-  _mm256_storeu_ps(x, v);
-#else
-  for (int h = 1; h < 8; h *= 2)
-    for (int i = 0; i < 8; i += 2 * h)
-      for (int k = i; k < i + h; ++k) {
-        const float s = x[k] + x[k + h], d = x[k] - x[k + h];
-        x[k] = s;
-        x[k + h] = d;
-      }
-#endif
+  return _mm256_add_ps(_mm256_permute2f128_ps(v, v, 1), _mm256_xor_ps(v, half));
 }
+
+// All six butterflies of 64 neighbours, in registers.
+inline void hadamard64(float* x) {
+  __m256 v[8];
+  for (int i = 0; i < 8; ++i) v[i] = hadamard8(_mm256_loadu_ps(x + 8 * i));
+  for (int h = 1; h < 8; h *= 2)
+    for (int i = 0; i < 8; ++i)
+      if (!(i & h)) {
+        const __m256 low = v[i], high = v[i + h];
+        v[i] = _mm256_add_ps(low, high);
+        v[i + h] = _mm256_sub_ps(low, high);
+      }
+  for (int i = 0; i < 8; ++i) _mm256_storeu_ps(x + 8 * i, v[i]);
+}
+#endif
 
 // In-place Sylvester-Hadamard transform of n = 2^k floats.
 inline void hadamard(float* x, int64_t n) {
   int64_t h = 1;
-  if (n >= 8) {
-    for (int64_t i = 0; i < n; i += 8) hadamard8(x + i);
+#ifdef LF_AVX2
+  if (n >= 64) {
+    for (int64_t i = 0; i < n; i += 64) hadamard64(x + i);
+    h = 64;
+  } else if (n >= 8) {
+    for (int64_t i = 0; i < n; i += 8) _mm256_storeu_ps(x + i, hadamard8(_mm256_loadu_ps(x + i)));
     h = 8;
   }
+#endif
   for (; h < n; h *= 2)
     for (int64_t i = 0; i < n; i += 2 * h) {
       float* __restrict low = x + i;
