@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from less_fast.errors import LessFastError
+from less_fast.projection import Projection
 
 _SUFFIX = re.compile(r"(\.jsonl|\.jsonlines|\.json-lines|\.ndjson|\.json|\.parquet|\.pq)?(\.gz)?$", re.IGNORECASE)
 _TASK_NAME = re.compile(r"[\w][\w.-]*")
@@ -102,6 +104,7 @@ class RunConfig:
             if not _fits(value, hint):
                 raise LessFastError(f"setting {name} is {value!r}; expected {_words(hint)}")
             object.__setattr__(self, name, value)
+        _check_ranges(self)
         for task in self.targets:
             if not _TASK_NAME.fullmatch(task):
                 raise LessFastError(f"target name {task!r} cannot name a file; use letters, digits, '.', '_' and '-'")
@@ -270,6 +273,53 @@ def _normal(name: str, value: Any, hint: Any) -> Any:
             except ValueError:
                 continue
     return value
+
+
+_AT_LEAST_1 = (
+    "warmup_epochs",
+    "warmup_batch_size",
+    "warmup_micro_batch_size",
+    "lora_rank",
+    "lora_alpha",
+    "max_length",
+    "token_budget",
+    "shard_size",
+    "n",
+)
+_SEEDS = ("warmup_seed", "warmup_subset_seed")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Raise LessFastError for a value that would fail later, after hours of work perhaps."""
+
+    def require(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise LessFastError(f"setting {name} is {getattr(config, name)!r}; expected {expected}")
+
+    for name in _AT_LEAST_1:
+        value = getattr(config, name)
+        require(name, not isinstance(value, int) or value >= 1, "at least 1")
+    for name in _SEEDS:
+        require(name, 0 <= getattr(config, name) < 2**32, "0 to 2^32 - 1")
+    for name in ("warmup_fraction", "fraction"):
+        require(name, 0 < getattr(config, name) <= 1, "more than 0 and at most 1")
+    require("lora_dropout", 0 <= config.lora_dropout < 1, "at least 0 and less than 1")
+    require("warmup_learning_rate", 0 < config.warmup_learning_rate < math.inf, "a finite number above 0")
+    if (weights := config.checkpoint_weights) is not None:
+        fits = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+        require("checkpoint_weights", fits, "finite numbers of at least 0, not all of them 0")
+        if config.checkpoints is None:
+            expected = f"one for each of the {config.warmup_epochs} epochs of warm-up"
+            require("checkpoint_weights", len(weights) == config.warmup_epochs, expected)
+    if config.modules is not None:
+        try:
+            re.compile(config.modules)
+        except re.error as error:
+            raise LessFastError(
+                f"setting modules is {config.modules!r}, which is no regular expression ({error})"
+            ) from None
+    if config.projection != "identity":
+        Projection(config.projection, config.dim, config.seed, config.block, config.nnz)
 
 
 def _by_stem(files: Sequence[Any]) -> dict[str, str]:

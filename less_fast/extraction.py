@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from less_fast.features import MultiFeatureExtractor, Output
 from less_fast.model.budget import auto_token_budget, is_out_of_memory
 from less_fast.model.load import check_vocabulary, fingerprint, load_tokenizer
 from less_fast.optim.adam import Precondition, precondition_facts
+from less_fast.progress import progress_bar
 from less_fast.projection import Projection
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
 
@@ -93,7 +93,12 @@ def extract_many(
         raise LessFastError("two outputs have the same folder; give each its own")
     if max_length < 1:
         raise LessFastError(f"max_length is {max_length}; expected at least 1")
+    encode_all([], tokenizer, template, max_length)  # a template that cannot serve is an error before anything is made
     extractor = MultiFeatureExtractor(model, list(outputs.values()), targets=targets, backend=backend)
+    if backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
+        logger.warning(
+            "the C++ module is not installed, so features are computed in torch alone: see 'less-fast doctor'"
+        )
     budget = auto_token_budget(model, extractor.device, max_length) if token_budget == "auto" else token_budget
     if not isinstance(budget, int) or budget < 1:
         raise LessFastError(f"token_budget is {token_budget!r}; expected 'auto' or a positive number of tokens")
@@ -166,10 +171,7 @@ class _Job:
         first_budget = self.budget
         total = len(self.examples)
         todo = sum(stop - start for start, stop in map(writers[0].bounds, pending))
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        with tqdm(
-            total=total, initial=total - todo, unit="ex", disable=not progress, desc="features", mininterval=interval
-        ) as bar:
+        with progress_bar(total, unit="ex", desc="features", show=progress, initial=total - todo) as bar:
             meter = _TokenMeter(bar)
             for shard in pending:
                 # A shard's bits depend on its budget, which is the smallest that the shards before it needed, whether

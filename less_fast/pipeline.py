@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from less_fast.checkpoints import Checkpoint, checkpoint_folders, discover_checkpoints, read_state
 from less_fast.config import RunConfig
-from less_fast.data import Examples, load_examples
+from less_fast.data import Examples, encode_all, load_examples
 from less_fast.errors import LessFastError
 from less_fast.extraction import extract
-from less_fast.model.load import load_model, pick_device
+from less_fast.model.load import load_model, load_tokenizer, pick_device
 from less_fast.model.lora import LoraSettings
+from less_fast.ops.accumulate import resolve
 from less_fast.optim import AdamState
 from less_fast.optim.adam import Precondition
 from less_fast.projection import Projection
@@ -92,6 +94,8 @@ class _Run:
 
     def finish(self) -> RunResult:
         self._check_room()
+        if not self.folder.features.exists():
+            self._check_targets()
         checkpoints, weights = self._checkpoints()
         self.say(checkpoint_table(checkpoints, weights))
         for checkpoint in checkpoints:
@@ -115,6 +119,22 @@ class _Run:
         rows = len(self.pool) + sum(map(len, self.targets.values()))
         width = 4 if self.config.store_dtype == "float32" else 2
         check_free_space(self.folder.path, n_checkpoints * rows * self.config.dim * width)
+
+    def _check_targets(self) -> None:
+        """Raise LessFastError for what would fail only after the warm-up: a backend, a target without any label."""
+        features = torch.empty(1, self.projection.dim, device=pick_device(self.config.device))
+        resolve(features, features.view(1, 1, -1), self.projection, self.config.backend)
+        tokenizer = load_tokenizer(self.config.model)
+        for task, examples in self.targets.items():
+            encoded = encode_all(examples, tokenizer, self.config.template, self.config.max_length)
+            labelled = {subtask for subtask, item in zip(examples.subtasks, encoded) if item.n_labels}
+            if empty := sorted({str(subtask) for subtask in examples.subtasks if subtask not in labelled}):
+                part = "" if empty == ["None"] else f" of subtask {empty[0]}"
+                raise LessFastError(
+                    f"{self.config.targets[task]}: no example{part} has an answer within "
+                    f"{self.config.max_length} tokens; "
+                    "raise max_length or remove it"
+                )
 
     # Checkpoints
 
@@ -256,6 +276,8 @@ class _Run:
             task: [FeatureStore(self.folder.target_store(checkpoint, task)) for checkpoint in checkpoints]
             for task in todo
         }
+        for store in [*train, *(store for of_task in stores.values() for store in of_task)]:
+            store.require_intact()
         for task, scores in influence(train, stores, weights).items():
             for suffix in suffixes:
                 write_scores(self.folder.scores(task, suffix), train[0].rows, scores, how=self.config.aggregate)

@@ -83,18 +83,17 @@ class RunFolder:
                 lock.release()
         except OSError as error:
             place = Path(error.filename or self.path)
-            outlook = "what was finished is kept; make room and repeat the command to resume"
-            raise failed_write(place, error, outlook) from error
+            raise failed_write(place, error, "what was finished is kept") from error
 
     def adopt(self, config: RunConfig, say: Callable[[str], None]) -> None:
         """Write the settings down, or check that they are those that the folder was begun with.
 
         Raises LessFastError naming each changed setting. More targets are no change: they use what is there.
         """
-        if not self.settings.exists():
-            ours = {".lock", "config.yaml.tmp"}
-            if foreign := sorted({entry.name for entry in self.path.iterdir()} - ours):
-                raise LessFastError(f"{self.path}: holds {foreign[0]} and is not a run's folder; choose another out")
+        entries = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp"}
+        if not self.settings.exists() and entries:
+            raise LessFastError(f"{self.path}: holds {min(entries)} and is not a run's folder; choose another out")
+        if entries <= {"config.yaml"}:  # nothing was made yet: settings that failed may be corrected
             config.save(self.settings)
             return
         begun = RunConfig.load(self.settings)

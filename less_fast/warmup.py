@@ -26,6 +26,7 @@ from less_fast.data import Encoded, Examples, collate, encode_all
 from less_fast.errors import LessFastError
 from less_fast.model.load import fingerprint, load_model, pick_device
 from less_fast.model.lora import LoraSettings, add_adapter, target_modules
+from less_fast.progress import progress_bar
 from less_fast.store.files import atomic_file
 
 SETTINGS_NAME = "warmup.json"
@@ -77,6 +78,9 @@ def warmup(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
             raise LessFastError(f"warm-up {name} is {value}; expected at least 1")
+    for name, value in (("seed", seed), ("subset_seed", subset_seed)):
+        if not 0 <= value < 2**32:
+            raise LessFastError(f"warm-up {name} is {value}; expected 0 to 2^32 - 1")
     rows = draw_subset(len(examples), fraction, subset_seed)
     out = Path(out)
     # The Trainer moves the model to its device itself, also when several processes train together.
@@ -151,12 +155,13 @@ def warmup(
         return discover_checkpoints(out)
 
     set_seed(seed)
+    shown = _Progress(tokenizer, progress)
     trainer = Trainer(
         model=add_adapter(model, lora, targets, model_path),
         args=arguments,
         train_dataset=train,
         data_collator=_Collator(_pad_id(tokenizer)),
-        callbacks=[_Progress(tokenizer, progress)],
+        callbacks=[shown],
     )
     trainer.remove_callback(PrinterCallback)
     # Otherwise micro batches are weighted by their token counts; in LESS each micro batch counts alike.
@@ -167,7 +172,10 @@ def warmup(
             f"epochs: {epochs}; LoRA of rank {lora.rank} on {', '.join(targets)}"
             + (f"; going on after {whole[-1][1].name}" if whole else "")
         )
-    trainer.train(resume_from_checkpoint=str(whole[-1][1]) if whole else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(whole[-1][1]) if whole else None)
+    finally:
+        shown.close()
     return discover_checkpoints(out)
 
 
@@ -252,9 +260,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         shown = self.show and state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="warm-up", unit="step", disable=not shown
-        )
+        self.bar = progress_bar(state.max_steps, unit="step", desc="warm-up", show=shown, initial=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
@@ -265,5 +271,7 @@ class _Progress(TrainerCallback):
         if state.is_world_process_zero:
             self.tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """Take the bar away, whatever ended the training."""
+        if self.bar is not None:
+            self.bar.close()

@@ -456,3 +456,67 @@ def test_selecting_from_other_data(inputs: Path, finished: Path, tmp_path: Path)
     assert "either --fraction or -n" in refused("select", "--scores", scores, "--data", "x", "--out", out)
     error = refused("score", "--train", "a", "--target", "b", "--weights", "1;2", "--out", tmp_path / "s.csv")
     assert "--weights is '1;2'" in error
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("max_length", 0),
+        ("warmup_seed", -1),
+        ("warmup_learning_rate", "inf"),
+        ("warmup_fraction", "nan"),
+        ("shard_size", 0),
+        ("lora_dropout", 2),
+        ("modules", "("),
+        ("backend", "triton"),
+        ("checkpoint_weights", "1"),
+    ],
+)
+def test_a_refused_setting_costs_nothing_and_may_be_corrected(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: object
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("the warm-up began")
+
+    monkeypatch.setattr("less_fast.pipeline.warmup", started)
+    refused(*run_arguments(inputs, tmp_path / "run", **{setting: value}))
+    with pytest.raises(AssertionError, match="the warm-up began"):
+        result = less_fast(*run_arguments(inputs, tmp_path / "run"))
+        raise result.exception
+
+
+def test_a_target_without_answers_is_refused_before_warm_up(inputs: Path, tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "far " * 500}, {"role": "assistant", "content": "too late"}]}
+    target = tiny.write_jsonl(tmp_path / "late.jsonl", [long])
+    line = refused(*run_arguments(inputs, tmp_path / "run", targets={"late": str(target)}))
+    assert "late.jsonl" in line and "within 128 tokens" in line
+    assert not (tmp_path / "run" / "warmup").exists()
+
+
+def test_a_selection_never_overwrites_what_it_is_made_from(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    pool = Path(shutil.copy(inputs / "pool.jsonl", tmp_path / "pool.jsonl"))
+    before = pool.read_bytes()
+    arguments = ["select", "--scores", finished / "scores/sums.parquet", "--data", pool, "-n", 3, "--out"]
+    assert "would be overwritten" in refused(*arguments, pool)
+    assert "is a folder" in refused(*arguments, tmp_path)
+    assert pool.read_bytes() == before
+
+
+def test_a_flipped_bit_is_found_before_scoring(finished: Path, tmp_path: Path) -> None:
+    (checkpoint, *_) = sorted((finished / "features").iterdir())
+    shutil.copytree(checkpoint / "train", tmp_path / "train")
+    shard = sorted((tmp_path / "train" / "shards").iterdir())[1]
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    arguments = [
+        "score",
+        "--train",
+        tmp_path / "train",
+        "--target",
+        checkpoint / "target-sums",
+        "--out",
+        tmp_path / "s.csv",
+    ]
+    assert shard.name in refused(*arguments)
+    assert less_fast(*arguments, "--no-verify").exit_code == 0

@@ -65,6 +65,7 @@ def test_settings_survive_a_file(tmp_path: Path, suffix: str) -> None:
         train=("a.jsonl", "b.jsonl"),
         targets={"x.y": "t.jsonl", "z": "u.jsonl"},
         checkpoint_weights=(0.5, 2e-5),
+        warmup_epochs=2,
         lora_modules=("q_proj",),
         token_budget=512,
         n=7,
@@ -332,7 +333,7 @@ def test_linear_layers_by_name_need_no_adapter(inputs: Path, tmp_path: Path) -> 
         ({"targets": {}}, "setting targets is missing; give --target"),
         ({"train": ["nowhere/pool.jsonl"]}, "pool.jsonl: no such file"),
         ({"fraction": 0.01}, "fraction 0.01 of 40 rows is less than one row"),
-        ({"n": 0}, "number of rows to select is 0"),
+        ({"n": 0}, "setting n is 0; expected at least 1"),
         ({"block": 48}, "projection block is 48; expected a power of two"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"groups": "nowhere.json"}, "nowhere.json: cannot be read"),
@@ -373,7 +374,7 @@ def test_two_runs_do_not_share_a_folder(inputs: Path, finished: Path) -> None:
 
 def test_a_disk_too_small_is_known_before_warm_up(inputs: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("less_fast.store.files._free_bytes", lambda path: 50_000)  # the stores need 51,200 bytes
-    with pytest.raises(LessFastError, match="GB is free there"):
+    with pytest.raises(LessFastError, match="is free there"):
         quiet_run(inputs, out=str(tmp_path / "run"))
     assert not (tmp_path / "run" / "warmup").exists()
 

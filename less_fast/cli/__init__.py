@@ -97,6 +97,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
+    for library in ("huggingface_hub", "datasets", "httpx"):  # they tell of every retry when there is no network
+        logging.getLogger(library).setLevel(logging.ERROR)
     logging.addLevelName(logging.WARNING, "warning")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", module=r"less_fast\b")

@@ -188,7 +188,8 @@ def _summary(store: FeatureStore) -> dict[str, Any]:
 
 def _line(result: dict[str, Any]) -> str:
     status = ", ".join(f"{count:,} {name}" for name, count in result["status"].items())
-    return f"{result['path']}: {result['rows']:,} rows x {result['dim']} in {result['dtype']} ({status})"
+    kind = result["precondition"]["kind"]
+    return f"{result['path']}: {result['rows']:,} rows x {result['dim']} in {result['dtype']}, {kind} ({status})"
 
 
 def _plain(value: Any) -> str:

@@ -33,6 +33,7 @@ def _score(
     aggregate: Annotated[
         str, typer.Option(help="How the scores of subtasks become one.", metavar="max|mean")
     ] = RunConfig.aggregate,
+    verify: Annotated[bool, typer.Option(help="Compare every file of the stores with its checksum first.")] = True,
     as_json: _Json = False,
 ) -> None:
     """Score every example of the pool by how its gradient points along the target's."""
@@ -48,8 +49,10 @@ def _score(
         given = numbers(weights, "--weights")
         if weights_from:
             given = [checkpoint.learning_rate for checkpoint in discover_checkpoints(weights_from)]
-        stores = [FeatureStore(path) for path in train]
-        scores = influence(stores, [FeatureStore(path) for path in target], given)
+        stores, targets = [FeatureStore(path) for path in train], [FeatureStore(path) for path in target]
+        for store in [*stores, *targets] if verify else []:
+            store.require_intact()
+        scores = influence(stores, targets, given)
         write_scores(out, stores[0].rows, scores, how=aggregate)
     valid = int(scores.valid.sum())
     show(

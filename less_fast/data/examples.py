@@ -76,8 +76,18 @@ class Examples:
         """Write these rows, in this order, as JSON Lines; the file appears whole or not at all.
 
         Rows of JSON Lines sources are the source's bytes, each ended by one newline; others are serialised anew.
-        Raises LessFastError for a row number outside [0, N), a source file that has changed and a disk that is full.
+        Raises LessFastError for a row number outside [0, N), a source file that has changed, a disk that is full, and a
+        path that is a folder or one of the sources.
         """
+        path = Path(path)
+        if path.is_dir():
+            raise LessFastError(f"{path}: is a folder; expected the name of a .jsonl file")
+        for source in self._sources:
+            file = getattr(source, "path", None)
+            if file is not None and path.exists() and path.samefile(file):
+                raise LessFastError(
+                    f"{path}: is a source of these examples and would be overwritten; choose another file"
+                )
         rows = self._check_indices(indices)
         lines: list[bytes] = [b""] * len(rows)
         for number, source in enumerate(self._sources):
@@ -85,7 +95,6 @@ class Examples:
             if len(places):
                 for place, line in zip(places.tolist(), source.lines(self._row_of[rows[places]])):
                     lines[place] = line
-        path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with open(partial, "wb") as file:

@@ -124,7 +124,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             "",
             table(("target", "in the pool", "selected", "lift"), rows),
             "",
-            f"{summary['seconds']:.0f} s",
+            f"{summary['seconds']:.0f} s in all; the figures are in summary.json",
         ]
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from less_fast.progress import progress_bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -122,7 +123,7 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
-    with tqdm(total=steps, desc="training the demo model", unit="step", disable=not progress) as bar:
+    with progress_bar(steps, unit="step", desc="training the demo model", show=progress) as bar:
         while len(losses) < steps:
             for batch in torch.randperm(len(packed)).split(rows)[: steps - len(losses)]:
                 ids = packed[batch]

@@ -35,6 +35,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer saved with a model or an adapter."""
     from transformers import AutoTokenizer
 
+    _require_folder(path)
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:

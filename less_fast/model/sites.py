@@ -51,6 +51,10 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
         naming the parameter or module, where nothing is found or something found is not supported.
     """
     _refuse_model(model)
+    try:
+        pattern = re.compile(targets or "")
+    except re.error as error:
+        raise LessFastError(f"targets {targets!r} is no regular expression ({error})") from None
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: list[tuple[str, Any]] = []
     # Duplicates stay in: a tied weight has to be refused under the name it was asked for by.
@@ -60,7 +64,7 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
         if targets is None:
             if _is_adapter_weight(name, module, parameter) and _is_active(modules, owner):
                 chosen.append((name, module))
-        elif leaf == "weight" and re.search(targets, owner):
+        elif leaf == "weight" and pattern.search(owner):
             if not isinstance(module, (nn.Linear, Conv1D)):
                 if parameter.ndim == 2:
                     raise LessFastError(
@@ -73,9 +77,10 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
     if not chosen:
         if targets is None:
             raise LessFastError(
-                "the model has no LoRA weights; load or add a PEFT adapter, or name Linear layers with targets='regex'"
+                "the model has no LoRA weights; load or add a PEFT adapter, or name Linear layers by a pattern "
+                "(targets in Python, --modules on the command line)"
             )
-        raise LessFastError(f"no Linear layer's name matches targets={targets!r}")
+        raise LessFastError(f"no Linear layer's name matches the pattern {targets!r}")
     _refuse_shared(model, chosen)
     layout = ParameterLayout.build((name, *module.weight.shape) for name, module in chosen)
     sites = [
@@ -97,7 +102,7 @@ def _refuse_model(model: nn.Module) -> None:
         if getattr(adapter, "bias", "none") != "none":
             raise LessFastError(
                 f"adapter {name} trains biases (bias={adapter.bias!r}), whose gradients are not captured; "
-                "retrain it with bias='none', or name the Linear layers you want with targets='regex'"
+                "retrain it with bias='none', or name the Linear layers you want by a pattern (targets, --modules)"
             )
 
 
@@ -113,7 +118,7 @@ def _is_adapter_weight(name: str, module: nn.Module, parameter: nn.Parameter) ->
         if part in name:
             raise LessFastError(
                 f"parameter {name} is {what}, which has no per-example outer product; "
-                "retrain the adapter without it, or name the Linear layers you want with targets='regex'"
+                "retrain the adapter without it, or name the Linear layers you want by a pattern (targets, --modules)"
             )
     if "lora_" not in name:
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from less_fast.errors import LessFastError
@@ -20,7 +21,11 @@ def check_pair(train: FeatureStore, target: FeatureStore) -> None:
     if train.dim != target.dim:
         raise _differ(train, target, "dim", train.dim, target.dim)
     for name, ours, theirs in _shared_facts(train, target, "layout_hash"):
-        raise _differ(train, target, name, ours, theirs)
+        layouts = train.facts.get("layout", []), target.facts.get("layout", [])
+        differing = next((pair for pair in zip_longest(*layouts) if pair[0] != pair[1]), None)
+        if differing is None:
+            raise _differ(train, target, name, ours, theirs)
+        raise _differ(train, target, "the first matrix that differs", *map(_matrix, differing))
     for name, _, _ in _shared_facts(train, target, "model", "adapter"):
         warnings.warn(f"{train.path} and {target.path} were made with different {name}s", stacklevel=3)
 
@@ -35,6 +40,10 @@ def check_checkpoints(stores: Sequence[FeatureStore]) -> None:
             raise _differ(first, other, "ids, datasets or subtasks of the rows", first.rows_hash, other.rows_hash)
         for name, ours, theirs in _shared_facts(first, other, "examples"):
             raise _differ(first, other, name, ours, theirs)
+
+
+def _matrix(entry: Mapping[str, Any] | None) -> str:
+    return "none" if entry is None else f"{entry['name']}, {entry['rows']} x {entry['cols']}"
 
 
 def _shared_facts(a: FeatureStore, b: FeatureStore, *names: str) -> Iterator[tuple[str, Any, Any]]:

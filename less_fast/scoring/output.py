@@ -10,6 +10,7 @@ import numpy as np
 from less_fast.errors import LessFastError
 from less_fast.scoring.scores import Scores
 from less_fast.store import Rows, atomic_file
+from less_fast.store.files import failed_write
 
 
 def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: str = "max") -> None:
@@ -36,6 +37,9 @@ def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: 
     for name, values in zip(scores.subtasks, scores.matrix.T):
         columns[f"score:{name}"] = pa.array(np.ascontiguousarray(values), mask=~scores.valid)
     columns["score"] = pa.array(scores.aggregate(how), mask=~scores.valid)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        (csv.write_csv if path.suffix == ".csv" else pq.write_table)(pa.table(columns), file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            (csv.write_csv if path.suffix == ".csv" else pq.write_table)(pa.table(columns), file)
+    except OSError as error:
+        raise failed_write(path, error, "the stores are as they were") from error

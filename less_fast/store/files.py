@@ -74,9 +74,17 @@ def check_free_space(path: Path, needed: int) -> None:
     free = _free_bytes(path)
     if free < needed:
         raise LessFastError(
-            f"{path} needs {needed / 1e9:.3g} GB more on the disk, but only {free / 1e9:.3g} GB is free there; "
-            "free some space, choose another folder, a smaller dim or dtype float16"
+            f"{path} needs {_size(needed)} more on the disk, but only {_size(free)} is free there; "
+            "free some space, choose another folder or a smaller dim, or store float16"
         )
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} GB"
 
 
 def _free_bytes(path: Path) -> int:
@@ -87,9 +95,12 @@ def _free_bytes(path: Path) -> int:
 
 
 def failed_write(path: Path, error: OSError, outlook: str) -> LessFastError:
-    """The error to raise for an ``OSError`` while writing ``path``; ``outlook`` says what is kept and how to go on."""
+    """The error to raise for an ``OSError`` while writing ``path``; ``outlook`` says what is kept."""
     if error.errno in _DISK_FULL:
-        reason = f"the disk is full ({_free_bytes(path) / 1e9:.3g} GB free)"
+        reason = f"the disk is full ({_size(_free_bytes(path))} free)"
+        outlook += "; make room and repeat the command"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = "it, or a part of its path, is a file, and a folder is expected"
     else:
         reason = error.strerror or str(error)
     return LessFastError(f"cannot write {path}: {reason}; {outlook}")

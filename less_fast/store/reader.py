@@ -166,6 +166,12 @@ class FeatureStore:
             problems += _checksum_problems(self.path / entry.file, entry.sha256) or self._structure_problems(entry)
         return Verification(self.path, self._manifest.n_shards, problems)
 
+    def require_intact(self) -> None:
+        """Raise CorruptStoreError naming what :meth:`verify` finds damaged."""
+        if problems := self.verify().problems:
+            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+            raise CorruptStoreError(f"{problems[0]}{more}; remove the file and extract again to have it made anew")
+
     def _structure_problems(self, entry: ShardEntry) -> list[str]:
         try:
             self._map(entry)

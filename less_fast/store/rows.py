@@ -55,8 +55,9 @@ class Rows:
         import pyarrow.parquet as pq
 
         try:
-            with open(path, "rb") as file:
-                table = pq.read_table(file, columns=["id", "dataset", "subtask"])
+            # Not through a Python file object, and without threads: one may outlive the interpreter and abort it.
+            with pq.ParquetFile(path, pre_buffer=False) as file:
+                table = file.read(columns=["id", "dataset", "subtask"], use_threads=False)
             return cls(*(table.column(name).to_pylist() for name in ("id", "dataset", "subtask")))
         except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

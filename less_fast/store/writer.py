@@ -205,7 +205,7 @@ class StoreWriter:
             self._manifest.write(self.path)
         except OSError as error:
             done = f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished"
-            raise failed_write(path, error, f"{done} and stay; make room and repeat the command to resume") from error
+            raise failed_write(path, error, f"{done} and stay") from error
 
     def close(self) -> FeatureStore:
         """Let go of the store and open it for reading; raises LessFastError if shards are missing."""
