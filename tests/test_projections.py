@@ -152,7 +152,10 @@ def test_accumulate_equals_the_explicit_matrix(projection: Projection, rule: str
 
 
 @pytest.mark.parametrize("projection", KINDS, ids=ids)
-def test_threads_and_instruction_sets_give_the_same_bits(projection: Projection) -> None:
+def test_threads_and_instruction_sets_give_the_same_bits(
+    projection: Projection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_ENTRIES_PER_THREAD", 1)
     projection = fitted(projection, LAYOUT.size)
     generator = torch.Generator().manual_seed(1)
     threads = torch.get_num_threads()

@@ -17,6 +17,7 @@ from less_fast.projection import Projection
 
 # Bytes of the tile of +-1s or normals that a dense sketch generates at a time.
 _TILE_BYTES = 8 << 20
+_ENTRIES_PER_THREAD = 1 << 17
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -50,7 +51,7 @@ def accumulate_cpu(
     features: Tensor, grads: Tensor, parameter: Parameter, run_base: int, projection: Projection, rule: Rule
 ) -> None:
     """Features (N, K) += sketch of rule(grads): float32, rows of features contiguous, each example's (S, L) too."""
-    module, threads = _module(), torch.get_num_threads()
+    module, threads = _module(), _threads(grads)
     gradients = module.Gradients(grads.data_ptr(), grads.shape[0], grads.stride(0), grads.shape[1], grads.shape[2])
     if projection.kind in ("srht", "sjlt"):
         target = module.Features(features.data_ptr(), features.shape[1], features.stride(0))
@@ -81,7 +82,7 @@ def preconditioned(grads: Tensor, rule: Rule) -> Tensor:
         return grads
     module, out = _module(), torch.empty_like(grads)
     gradients = module.Gradients(grads.data_ptr(), grads.shape[0], grads.stride(0), grads.shape[1], grads.shape[2])
-    module.precondition(out.data_ptr(), gradients, _rule(rule), torch.get_num_threads())
+    module.precondition(out.data_ptr(), gradients, _rule(rule), _threads(grads))
     return out
 
 
@@ -91,6 +92,11 @@ def dense_columns(index: Tensor, projection: Projection) -> Tensor:
     out = torch.empty(index.numel(), projection.dim)
     generate(out.data_ptr(), index.data_ptr(), index.numel(), projection.dim, projection.seed, torch.get_num_threads())
     return out
+
+
+def _threads(grads: Tensor) -> int:
+    # Waking a thread costs as much as some 100,000 entries; the bits do not depend on the number.
+    return max(1, min(torch.get_num_threads(), grads.numel() // _ENTRIES_PER_THREAD))
 
 
 def _rule(rule: Rule) -> Any:
