@@ -81,8 +81,9 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[set[int]]:
                 )
             if not output.requires_grad:
                 output.requires_grad_(True)
-            value = value.detach()
-            output.register_hook(lambda gradient: receive(site, value, gradient))
+            # The hook lives as long as the whole graph: what it holds is let go when its turn has come.
+            held = [value.detach()]
+            output.register_hook(lambda gradient: receive(site, held.pop(), gradient))
 
         return on_forward
 
