@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -118,3 +119,15 @@ def test_every_key_of_a_manifest_is_documented(run_blocks: Run) -> None:
     for name in ("numerics", "precondition", "projection", "rows", "tokenizer", "versions"):
         keys |= set(manifest[name])
     assert not keys - named
+
+
+def test_measured_figures_are_those_of_the_committed_results() -> None:
+    (results,) = (ROOT / "benchmarks" / "results").glob("*/overhead.json")
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    assert len(rows) == 4
+    for bare, ours in zip(rows[::2], rows[1::2]):
+        assert (bare["implementation"], ours["implementation"]) == ("bare", "less_fast")
+        work = f"{ours['examples']} examples, {ours['tokens']:,} tokens"
+        seconds = [f"{row['ms_50'] / 1e3:.2f} s" for row in (bare, ours)]
+        assert f"| {ours['shape']} | {work} | {seconds[0]} | {seconds[1]} | {ours['ratio_to_baseline']:.3f} |" in readme
