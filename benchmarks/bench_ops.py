@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from less_fast.layout import ParameterLayout
-from less_fast.ops.accumulate import BACKENDS, accumulate
+from less_fast.ops.accumulate import BACKENDS, accumulate, accumulate_cost
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
 
@@ -41,6 +41,7 @@ def test_accumulate(benchmark: Any, grads: torch.Tensor, projection: Projection,
         pytest.skip(reason)
     tables = torch.randn(S, L) * 1e-3, torch.rand(S, L) * 1e-6 + 1e-8
     update = Rule("adam", *tables, 0.1, 0.001, 0.0) if rule == "adam" else NONE
-    benchmark.extra_info["entries_per_call"] = grads.numel()
+    flops, n_bytes = accumulate_cost(N, PARAMETER, projection, update)
+    benchmark.extra_info.update(flops=flops, bytes=n_bytes)
     benchmark(accumulate, features, grads, PARAMETER, 0, projection, update, backend=backend)
     assert torch.isfinite(features).all() and features.any()

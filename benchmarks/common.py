@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, batches, interleaved timing, ceilings and the JSON rows."""
+"""What the benchmarks share: models, batches, and the JSON rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,22 +37,6 @@ def data_folder() -> Path | None:
     """The folder of real test data, from LESS_FAST_DATA."""
     value = os.environ.get("LESS_FAST_DATA")
     return Path(value) if value else None
-
-
-def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, `repeats` times, the variants taking turns; one untimed turn comes first."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        # The order turns round each time, so that no variant always runs behind the same other.
-        names = list(variants) if repeat % 2 else list(reversed(variants))
-        for name in names:
-            synchronize()
-            started = time.perf_counter()
-            variants[name]()
-            synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def synchronize() -> None:
