@@ -91,9 +91,7 @@ def extract_many(
     check_vocabulary(model, tokenizer, path or type(model).__name__)
     if len({Path(out).resolve() for out in outputs}) < len(outputs):
         raise LessFastError("two outputs have the same folder; give each its own")
-    if max_length < 1:
-        raise LessFastError(f"max_length is {max_length}; expected at least 1")
-    encode_all([], tokenizer, template, max_length)  # a template that cannot serve is an error before anything is made
+    encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
     extractor = MultiFeatureExtractor(model, list(outputs.values()), targets=targets, backend=backend)
     if backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
