@@ -12,15 +12,15 @@ from less_fast.errors import LessFastError
 from less_fast.model.capture import frozen_eval, run
 from less_fast.model.loss import IGNORED, LabelPositions, check_causal, check_length_invariant, right_padded
 from less_fast.model.sites import Site, embedding_rows, find_sites
-from less_fast.ops.accumulate import accumulate, resolve
-from less_fast.ops.outer import outer_products
+from less_fast.ops.accumulate import resolve
+from less_fast.ops.outer import Scratch
+from less_fast.ops.outer_sketch import Target, lanes_needed, outer_sketches, prepare, sum_lanes
 from less_fast.ops.project import check_identity
 from less_fast.ops.reduce import can_reduce, reduce_features
+from less_fast.ops.rule import Rule
 from less_fast.optim.adam import Precondition, precondition_rules
 from less_fast.projection import Projection
-
-# Float32 entries of per-example gradients of one matrix that exist at a time, whatever N is.
-_BUFFER = {"cpu": 1 << 22, "cuda": 1 << 26}
+from less_fast.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class BatchFeatures:
     features: list[Tensor]
     losses: Tensor
     n_labels: Tensor
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """An output that is not reduced from another: its ``lanes``, and (run base, rule, sign table) of every site."""
+
+    index: int
+    projection: Projection
+    lanes: int
+    sites: list[tuple[int, Rule, Tensor | None]]
 
 
 class MultiFeatureExtractor:
@@ -65,11 +75,11 @@ class MultiFeatureExtractor:
             for output in self.outputs
         }
         self._computed = [
-            (i, output, rules[id(output.precondition)], self.layout.run_bases(output.projection.block))
+            self._compute(i, output.projection, rules[id(output.precondition)])
             for i, output in enumerate(self.outputs)
             if self._source[i] == i
         ]
-        self._buffer = torch.empty(0, device=self.device)
+        self._scratch = Scratch(self.device)
         with frozen_eval(model):
             check_causal(model)
         self._vocabulary = embedding_rows(model)
@@ -85,6 +95,16 @@ class MultiFeatureExtractor:
                 return k
         return i
 
+    def _compute(self, index: int, projection: Projection, rules: list[Rule]) -> _Computed:
+        bases = self.layout.run_bases(projection.block)
+        where = self.device
+        signs = [
+            prepare(parameter, base, projection, where, backend=self.backend)
+            for parameter, base in zip(self.layout.parameters, bases)
+        ]
+        lanes = lanes_needed(self.layout, projection, where, backend=self.backend)
+        return _Computed(index, projection, lanes, list(zip(bases, rules, signs)))
+
     @torch.inference_mode(False)
     def __call__(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         """Features of every output for a batch; see :meth:`FeatureExtractor.__call__`."""
@@ -92,25 +112,34 @@ class MultiFeatureExtractor:
         n = batch["input_ids"].shape[0]
         labels = LabelPositions.of(batch["labels"])
         check_length_invariant(self.model, batch["lengths"])
-        features: list[Tensor | None] = [None] * len(self.outputs)
-        for i, output, _, _ in self._computed:
-            features[i] = torch.zeros(n, output.projection.dim, device=self.device)
+        lanes = [torch.zeros(c.lanes, n, c.projection.dim, device=self.device) for c in self._computed]
         losses = torch.zeros(n, device=self.device)
         if labels.target.numel():
+            shape = batch["input_ids"].shape
+            tokens = Segments.padded(batch["lengths"].tolist(), shape[1], self.device)
+            predicting = Segments.packed(labels.counts.tolist(), self.device)
 
             def receive(site: Site, value: Tensor, gradient: Tensor) -> None:
-                self._receive(site, value, gradient, batch["input_ids"].shape, labels, features)
+                # A module behind the label gather sees the examples' label tokens one after the other.
+                gathered = value.shape[:2] == gradient.shape[:2] == (1, labels.target.numel())
+                if not gathered and not value.shape[:2] == gradient.shape[:2] == shape:
+                    raise LessFastError(
+                        f"the module of {site.name} gets {tuple(value.shape)} and gives {tuple(gradient.shape)}; "
+                        f"expected {n} examples of {shape[1]} tokens first"
+                    )
+                self._receive(site, value, gradient, predicting if gathered else tokens, lanes)
 
             losses = run(self.model, self.sites, batch["input_ids"], labels, receive)
-            for tensor in features:
-                if tensor is not None:  # without a gradient Adam's update would still be that of its momentum
-                    tensor[labels.counts == 0] = 0.0
-        done = []
-        for i, output in enumerate(self.outputs):
-            source = features[self._source[i]]
-            assert source is not None
-            done.append(reduce_features(source, self.outputs[self._source[i]].projection, output.projection))
-        return BatchFeatures(done, losses, labels.counts)
+        done: dict[int, Tensor] = {}
+        for computed, partial in zip(self._computed, lanes):
+            features = sum_lanes(partial)
+            features[labels.counts == 0] = 0.0  # without a gradient Adam's update would still be that of its momentum
+            done[computed.index] = features
+        reduced = [
+            reduce_features(done[k], self.outputs[k].projection, output.projection)
+            for k, output in zip(self._source, self.outputs)
+        ]
+        return BatchFeatures(reduced, losses, labels.counts)
 
     def backends(self) -> list[str]:
         """The backend that computes each output, by name."""
@@ -125,48 +154,22 @@ class MultiFeatureExtractor:
         return [self.outputs[k].projection for k in self._source]
 
     def _receive(
-        self,
-        site: Site,
-        value: Tensor,
-        gradient: Tensor,
-        shape: torch.Size,
-        labels: LabelPositions,
-        features: list[Tensor | None],
+        self, site: Site, value: Tensor, gradient: Tensor, segments: Segments, lanes: Sequence[Tensor]
     ) -> None:
-        parameter = self.layout.parameters[site.index]
         left, right = (gradient, value) if site.short_is_output else (value, gradient)
-        n = labels.counts.shape[0]
-        lengths = None
-        if left.shape[:2] == right.shape[:2] == (1, labels.target.numel()):
-            # A module behind the label gather sees the examples' label tokens one after the other.
-            lengths = labels.counts.tolist()
-        elif not left.shape[:2] == right.shape[:2] == shape:
-            raise LessFastError(
-                f"the module of {site.name} gets {tuple(value.shape)} and gives {tuple(gradient.shape)}; "
-                f"expected {n} examples of {shape[1]} tokens first"
-            )
-        chunk = max(1, _BUFFER.get(self.device.type, _BUFFER["cpu"]) // parameter.size)
-        for start in range(0, n, chunk):
-            stop = min(start + chunk, n)
-            grads = self._scratch((stop - start) * parameter.size).view(stop - start, parameter.short, parameter.long)
-            outer_products(left, right, start, stop, grads, lengths)
-            for i, output, rules, bases in self._computed:
-                target = features[i]
-                assert target is not None
-                accumulate(
-                    target[start:stop],
-                    grads,
-                    parameter,
-                    bases[site.index],
-                    output.projection,
-                    rules[site.index],
-                    backend=self.backend,
-                )
-
-    def _scratch(self, size: int) -> Tensor:
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, device=self.device)
-        return self._buffer[:size]
+        targets = []
+        for computed, partial in zip(self._computed, lanes):
+            run_base, rule, signs = computed.sites[site.index]
+            targets.append(Target(partial, run_base, computed.projection, rule, signs))
+        outer_sketches(
+            targets,
+            left.flatten(0, 1),
+            right.flatten(0, 1),
+            segments,
+            self.layout.parameters[site.index],
+            backend=self.backend,
+            scratch=self._scratch,
+        )
 
     def _checked(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in ("input_ids", "labels"):

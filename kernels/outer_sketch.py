@@ -1,0 +1,231 @@
+"""Per-example gradient, preconditioner and blocked SRHT of one matrix in one kernel; no gradient in device memory.
+
+For every example: G = sum over its tokens of left (S) times right (L), u = rule(G), features += SRHT(u). A program owns
+the runs of one example that fall on the same slots of the features, so that their sum stays in its registers; it adds
+that sum to a lane of (lanes, N, K) which no other program of the launch touches. The order of an example's additions
+depends on the matrix alone: equal calls give equal bits, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from less_fast.kernels.mix import BFLOAT16_BITS, MAX_BLOCK, MIN_BLOCK, TF32_BITS, hadamard_matrix, mix
+from less_fast.kernels.philox import flip, on_device, packed_signs
+from less_fast.kernels.rule import MODE_NONE, mode_of, precondition
+from torch import Tensor
+
+from less_fast.projection import TAG_SRHT_IN, TAG_SRHT_OUT
+
+MAX_ENTRIES = 2**30  # S·L of a matrix: positions in it are 32-bit
+LAUNCH_LANES = 4  # lanes per chunk that one launch aims at, where the short side is no divisor of the slots
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a matrix is cut: a program multiplies (rows, tokens) by (tokens, block) for ``runs`` runs at a time.
+
+    ``steps`` and ``chunks`` fix the order of additions; they depend on the matrix and K alone.
+    """
+
+    rows: int
+    tokens: int
+    runs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs share a slot, and so a program: those whose positions q along the long side are ``stride`` apart.
+
+    ``phases``: starting positions of one launch, of ``stride`` in all. ``steps``: runs of one program.
+    ``chunks``: programs that share those of one phase. ``layers``: lanes that one chunk needs.
+    """
+
+    stride: int
+    phases: int
+    steps: int
+    chunks: int
+    layers: int
+
+    @property
+    def lanes(self) -> int:
+        return self.chunks * self.layers
+
+
+def plan(short: int, long: int, dim: int, block: int) -> Plan:
+    """The plan of a matrix (S, L) for K = ``dim``; a pure function of them."""
+    slots = dim // block
+    stride = slots // math.gcd(short, slots)
+    phases = min(stride, max(1, LAUNCH_LANES * slots // short))
+    # Runs of one launch are numbered from the first of its phases; each lane holds one run of every slot.
+    layers = -(-phases * short // slots) if phases == stride else -(-phases * short // slots) + 1
+    total = triton.cdiv(triton.cdiv(long, block), stride)  # runs of one phase
+    # A chunk's sum is read and written once: little beside what it sums, if that is 4 (8, if cheap) runs of 64.
+    steps = min(total, 8 if short >= 64 else 4)
+    return Plan(stride, phases, steps, -(-total // steps), layers)
+
+
+def config(short: int, dtype: torch.dtype, capability: int = 90) -> Tile:
+    """The tile for a matrix with ``short`` rows and operands of ``dtype`` on a device of ``capability`` (80, 90, …)."""
+    rows = max(16, min(128, triton.next_power_of_2(short)))
+    if dtype == torch.float32:
+        rows = min(rows, 64)
+        return Tile(rows, 32, 1, 4 if rows < 64 or capability >= 90 else 8, 2)
+    if capability < 90:
+        return Tile(min(rows, 64), 64, 1, 4 if rows < 64 else 8, 3)
+    return Tile(rows, 64, 2 if rows >= 64 else 1, 4 if rows < 64 else 8, 3)
+
+
+@triton.jit
+def sign_bits(words_ptr: tl.tensor, mask: tl.tensor, position: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
+    """Sign bits of positions (B,), at bit 31 of an int32 (M, B), from WORDS packed words at ``words_ptr`` (M,)."""
+    word = tl.load(words_ptr, mask=mask, other=0)[:, None]
+    for w in tl.static_range(1, WORDS):
+        other = tl.load(words_ptr + w, mask=mask, other=0)[:, None]
+        word = tl.where((position // 32 == w)[None, :], other, word)
+    return (word << (31 - position % 32)[None, :]) & -2147483648
+
+
+@triton.jit
+def mixed_run(
+    g: tl.tensor, h: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, signs_ptr: tl.tensor,
+    q: tl.tensor, short: tl.tensor, n_long: tl.tensor, alpha: tl.tensor, gamma: tl.tensor, e: tl.tensor,
+    N_SHORT: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """D' ∘ (D ∘ rule(g)) H for runs (q, short) of gradients g (ROWS, BLOCK)."""
+    WORDS: tl.constexpr = (BLOCK + 31) // 32
+    position = tl.arange(0, BLOCK)
+    long = q * BLOCK + position
+    live = (short < N_SHORT)[:, None] & (long < n_long)[None, :]  # (ROWS, BLOCK)
+    offset = short[:, None] * n_long + long[None, :]
+    u = precondition(g, a_ptr, b_ptr, offset, live, alpha, gamma, e, MODE)
+    run = q * N_SHORT + short  # (ROWS,)
+    words_ptr = signs_ptr + run * (2 * WORDS)
+    known = (short < N_SHORT) & (run < tl.cdiv(n_long, BLOCK) * N_SHORT)
+    mixed = mix(flip(u, sign_bits(words_ptr, known, position, WORDS)), h, BITS)
+    return flip(mixed, sign_bits(words_ptr + WORDS, known, position, WORDS))
+
+
+@triton.jit
+def outer_sketch_kernel(
+    left_ptr: tl.tensor, right_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, signs_ptr: tl.tensor,
+    lanes_ptr: tl.tensor, starts_ptr: tl.tensor, lengths_ptr: tl.tensor,
+    n_examples: tl.tensor, right_stride: tl.tensor, lane_stride: tl.tensor, example_stride: tl.tensor,
+    n_long: tl.tensor, n_slots: tl.tensor, first_phase: tl.tensor, n_phases: tl.tensor, phase_stride: tl.tensor,
+    n_steps: tl.tensor, n_layers: tl.tensor, base_slot: tl.tensor,
+    alpha: tl.tensor, gamma: tl.tensor, e: tl.tensor, scale: tl.tensor,
+    N_SHORT: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    RUNS: tl.constexpr, BITS: tl.constexpr, PRODUCT: tl.constexpr, MIXING: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program: ROWS short indices of one example, the runs of one phase and chunk."""
+    N_TILES: tl.constexpr = (N_SHORT + ROWS - 1) // ROWS
+    pid = tl.program_id(0)
+    short = (pid % N_TILES) * ROWS + tl.arange(0, ROWS)
+    pid = pid // N_TILES
+    example = (pid % n_examples).to(tl.int64)  # fastest, so that L2 serves the tables to all examples
+    pid = pid // n_examples
+    phase = first_phase + pid % n_phases
+    chunk = pid // n_phases
+    start = tl.load(starts_ptr + example).to(tl.int64)
+    length = tl.load(lengths_ptr + example)
+    token = tl.arange(0, TOKENS)
+    position = tl.arange(0, BLOCK)
+    left_start = left_ptr + (start + token)[:, None] * N_SHORT + short[None, :]  # (TOKENS, ROWS)
+    right_start = right_ptr + (start + token)[:, None] * right_stride + position[None, :]  # (TOKENS, BLOCK)
+    h = hadamard_matrix(BLOCK, MIXING)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(chunk * n_steps, (chunk + 1) * n_steps, RUNS):
+        q = phase + step * phase_stride
+        g = tl.zeros((ROWS, BLOCK), tl.float32)
+        next_g = tl.zeros((ROWS, BLOCK), tl.float32)
+        long = q * BLOCK + position
+        next_long = long + phase_stride * BLOCK
+        left_tile = left_start
+        right_tile = right_start + q * BLOCK
+        for t in range(0, length, TOKENS):
+            here = (t + token < length)[:, None]
+            left = tl.trans(tl.load(left_tile, mask=here & (short < N_SHORT)[None, :], other=0.0))  # (ROWS, TOKENS)
+            right = tl.load(right_tile, mask=here & (long < n_long)[None, :], other=0.0)
+            g = tl.dot(left, right, g, input_precision=PRODUCT)
+            if RUNS == 2:
+                mask = here & (next_long < n_long)[None, :]
+                right = tl.load(right_tile + phase_stride * BLOCK, mask=mask, other=0.0)
+                next_g = tl.dot(left, right, next_g, input_precision=PRODUCT)
+            left_tile += TOKENS * N_SHORT
+            right_tile += TOKENS * right_stride
+        acc += mixed_run(g, h, a_ptr, b_ptr, signs_ptr, q, short, n_long, alpha, gamma, e, N_SHORT, MODE, BLOCK, BITS)
+        if RUNS == 2:
+            acc += mixed_run(
+                next_g, h, a_ptr, b_ptr, signs_ptr, q + phase_stride, short, n_long, alpha, gamma, e,
+                N_SHORT, MODE, BLOCK, BITS,
+            )  # fmt: skip
+    run = phase * N_SHORT + short  # as if the matrix had one run per phase; the others fall on the same slots
+    layer = run // n_slots - first_phase * N_SHORT // n_slots
+    slot = (base_slot + run) % n_slots
+    lane = (chunk * n_layers + layer).to(tl.int64)
+    out = lanes_ptr + lane[:, None] * lane_stride + example * example_stride + slot[:, None] * BLOCK + position[None, :]
+    owned = (short < N_SHORT)[:, None]
+    tl.store(out, tl.load(out, mask=owned, other=0.0) + acc * scale, mask=owned)
+
+
+def capability(tensor: Tensor) -> int:
+    """10 · major + minor of the compute capability of a tensor's device; 90 for Triton's interpreter."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def sign_table(run_base: int, n_runs: int, block: int, seed: int, device: torch.device) -> Tensor:
+    """Packed sign bits of runs, int32 (n_runs, 2·ceil(B / 32)): those before the mixing, then those after it."""
+    tables = [packed_signs(run_base, n_runs, block, tag, seed, device) for tag in (TAG_SRHT_IN, TAG_SRHT_OUT)]
+    return torch.cat(tables, 1)
+
+
+def outer_sketch(
+    lanes: Tensor, left: Tensor, right: Tensor, starts: Tensor, lengths: Tensor, signs: Tensor,
+    rho_base: int, block: int, mode: int = MODE_NONE, table_a: Tensor | None = None, table_b: Tensor | None = None,
+    alpha: float = 1.0, gamma: float = 0.0, e: float = 0.0, tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """Lanes (W, N, K) += blocked SRHT of rule(sum of left (tokens, S) times right (tokens, L) over each segment).
+
+    ``starts``, ``lengths``: int32 (N,). ``signs``: the matrix's ``sign_table``. ``left`` and ``right`` have one dtype
+    (bfloat16, float16, float32) and contiguous rows, those of ``left`` next to each other. W >= ``plan(...).lanes``.
+    The rule is as for ``accumulate_srht``.
+    """
+    n, dim = lanes.shape[1:]
+    short, long = left.shape[1], right.shape[1]
+    if n == 0:
+        return
+    cut = plan(short, long, dim, block)
+    tile = config(short, left.dtype, capability(left)) if tile is None else tile
+    slots = dim // block
+    half = left.dtype != torch.float32
+    a, b = (lanes, lanes) if table_a is None or table_b is None else (table_a, table_b)
+    with on_device(lanes):
+        for first in range(0, cut.stride, cut.phases):
+            phases = min(cut.phases, cut.stride - first)
+            outer_sketch_kernel[(-(-short // tile.rows) * n * phases * cut.chunks,)](
+                left, right, a, b, signs, lanes, starts, lengths,
+                n, right.stride(0), lanes.stride(0), lanes.stride(1), long, slots, first, phases, cut.stride,
+                cut.steps, cut.layers, rho_base % slots, alpha, gamma, e, 1 / math.sqrt(block),
+                N_SHORT=short, MODE=mode_of(mode, e), BLOCK=block, ROWS=tile.rows, TOKENS=tile.tokens, RUNS=tile.runs,
+                BITS=BFLOAT16_BITS if half else TF32_BITS, PRODUCT="tf32" if half else "tf32x3",
+                MIXING=tl.bfloat16 if half and left.is_cuda else tl.float32,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def refuses(short: int, long: int, block: int) -> str | None:
+    """None where :func:`outer_sketch` can take a matrix (S, L), else the reason why not."""
+    if not MIN_BLOCK <= block <= MAX_BLOCK:
+        return f"block is {block}, and the fused kernel mixes runs of {MIN_BLOCK} to {MAX_BLOCK}"
+    if short * long > MAX_ENTRIES:
+        return f"the matrix has {short * long} entries, and the fused kernel numbers up to {MAX_ENTRIES}"
+    return None
