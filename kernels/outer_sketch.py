@@ -73,13 +73,40 @@ def plan(short: int, long: int, dim: int, block: int) -> Plan:
 
 def config(short: int, dtype: torch.dtype, capability: int = 90) -> Tile:
     """The tile for a matrix with ``short`` rows and operands of ``dtype`` on a device of ``capability`` (80, 90, …)."""
-    rows = max(16, min(128, triton.next_power_of_2(short)))
-    if dtype == torch.float32:
-        rows = min(rows, 64)
-        return Tile(rows, 32, 1, 4 if rows < 64 or capability >= 90 else 8, 2)
-    if capability < 90:
-        return Tile(min(rows, 64), 64, 1, 4 if rows < 64 else 8, 3)
-    return Tile(rows, 64, 2 if rows >= 64 else 1, 4 if rows < 64 else 8, 3)
+    # Larger tiles read less; these are the largest whose registers do not spill.
+    most = (64 if dtype == torch.float32 else 128) // (1 if capability >= 90 else 2)
+    rows = max(16, min(most, triton.next_power_of_2(short)))
+    if dtype == torch.float32:  # three products of half the rate, and twice the shared memory
+        return Tile(rows, 32, 1, 4 if rows == 16 else 8, 2)
+    return Tile(rows, 64, 2 if rows >= 64 and capability >= 90 else 1, 4 if rows < 64 else 8, 3)
+
+
+@triton.jit
+def gradients(
+    left_start: tl.tensor, right_start: tl.tensor, length: tl.tensor, in_left: tl.tensor,
+    in_right: tl.tensor, in_next: tl.tensor, next_step: tl.tensor, right_stride: tl.tensor,
+    LEFT_STRIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    RUNS: tl.constexpr, PRODUCT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """G = leftᵀ right over ``length`` tokens, (ROWS, BLOCK) float32; where RUNS is 2, the columns ``next_step`` on too.
+
+    ``left_start`` (TOKENS, ROWS) and ``right_start`` (TOKENS, BLOCK) point to the first tokens; ``in_left`` (ROWS,),
+    ``in_right`` and ``in_next`` (BLOCK,) say which columns exist.
+    """
+    g = tl.zeros((ROWS, BLOCK), tl.float32)
+    next_g = tl.zeros((ROWS, BLOCK), tl.float32)
+    token = tl.arange(0, TOKENS)
+    for t in range(0, length, TOKENS):
+        here = (t + token < length)[:, None]
+        left = tl.trans(tl.load(left_start, mask=here & in_left[None, :], other=0.0))  # (ROWS, TOKENS)
+        right = tl.load(right_start, mask=here & in_right[None, :], other=0.0)  # (TOKENS, BLOCK)
+        g = tl.dot(left, right, g, input_precision=PRODUCT)
+        if RUNS == 2:
+            right = tl.load(right_start + next_step, mask=here & in_next[None, :], other=0.0)
+            next_g = tl.dot(left, right, next_g, input_precision=PRODUCT)
+        left_start += TOKENS * LEFT_STRIDE
+        right_start += TOKENS * right_stride
+    return g, next_g
 
 
 @triton.jit
@@ -142,23 +169,12 @@ def outer_sketch_kernel(
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for step in range(chunk * n_steps, (chunk + 1) * n_steps, RUNS):
         q = phase + step * phase_stride
-        g = tl.zeros((ROWS, BLOCK), tl.float32)
-        next_g = tl.zeros((ROWS, BLOCK), tl.float32)
         long = q * BLOCK + position
-        next_long = long + phase_stride * BLOCK
-        left_tile = left_start
-        right_tile = right_start + q * BLOCK
-        for t in range(0, length, TOKENS):
-            here = (t + token < length)[:, None]
-            left = tl.trans(tl.load(left_tile, mask=here & (short < N_SHORT)[None, :], other=0.0))  # (ROWS, TOKENS)
-            right = tl.load(right_tile, mask=here & (long < n_long)[None, :], other=0.0)
-            g = tl.dot(left, right, g, input_precision=PRODUCT)
-            if RUNS == 2:
-                mask = here & (next_long < n_long)[None, :]
-                right = tl.load(right_tile + phase_stride * BLOCK, mask=mask, other=0.0)
-                next_g = tl.dot(left, right, next_g, input_precision=PRODUCT)
-            left_tile += TOKENS * N_SHORT
-            right_tile += TOKENS * right_stride
+        next_step = phase_stride * BLOCK
+        g, next_g = gradients(
+            left_start, right_start + q * BLOCK, length, short < N_SHORT, long < n_long, long + next_step < n_long,
+            next_step, right_stride, N_SHORT, ROWS, TOKENS, BLOCK, RUNS, PRODUCT,
+        )  # fmt: skip
         acc += mixed_run(g, h, a_ptr, b_ptr, signs_ptr, q, short, n_long, alpha, gamma, e, N_SHORT, MODE, BLOCK, BITS)
         if RUNS == 2:
             acc += mixed_run(
