@@ -87,7 +87,9 @@ class RunConfig:
     adam_rule: Literal["less", "torch"] = _field("less", "Adam's update as in the code of LESS, or as in torch.optim.")
 
     store_dtype: Literal["float32", "float16", "bfloat16"] = _field("float32", "Type that features are stored in.")
-    token_budget: int | Literal["auto"] = _field("auto", "Padded tokens per batch; auto: what fits the device.")
+    token_budget: int | Literal["auto"] = _field(
+        "auto", "Tokens per batch, padding included; auto: what fits the device."
+    )
     shard_size: int = _field(1024, "Examples per shard, the unit of work that a killed run loses at most.")
     aggregate: Literal["max", "mean"] = _field("max", "How the scores of a task's subtasks become one.")
     fraction: float = _field(0.05, "Share of the pool to select for each task.")
@@ -95,8 +97,14 @@ class RunConfig:
     groups: str | None = _field(None, "JSON file, dataset name -> group; the report is then by group.")
     scores_csv: bool = _field(False, "Write the scores as csv too.")
     device: str = _field("auto", "auto, cpu, cuda or cuda:N.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _field("float32", "Type of the model's frozen weights.")
-    backend: Literal["auto", "triton", "cpu", "reference"] = _field("auto", "What computes the projection.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _field(
+        "float32", "Type of the model's and the adapter's weights."
+    )
+    backend: Literal["auto", "triton", "cuda", "cpu", "reference"] = _field("auto", "What computes the projection.")
+    packing: Literal["auto", "always", "never"] = _field(
+        "auto", "Whether batches are computed without padding; auto: on CUDA, where attention has a kernel for it."
+    )
+    compile_model: bool = _field(False, "Run torch.compile on the parts of the model without adapters in extraction.")
 
     def __post_init__(self) -> None:
         for name, hint in _hints().items():

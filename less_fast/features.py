@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
 from less_fast.model.capture import frozen_eval, run
-from less_fast.model.loss import IGNORED, LabelPositions, check_causal, check_length_invariant, right_padded
+from less_fast.model.inputs import Inputs, checked
+from less_fast.model.loss import check_causal, check_length_invariant
+from less_fast.model.packed import Packing, attending, choose_layout
 from less_fast.model.sites import Site, embedding_rows, find_sites
 from less_fast.ops.accumulate import resolve
 from less_fast.ops.outer import Scratch
@@ -21,6 +24,7 @@ from less_fast.ops.rule import Rule
 from less_fast.optim.adam import Precondition, precondition_rules
 from less_fast.projection import Projection
 from less_fast.segments import Segments
+from less_fast.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,10 @@ class Output:
 
 @dataclass(frozen=True)
 class BatchFeatures:
-    """``features``: one float32 (N, K) tensor per output. ``losses``: float32 (N,). ``n_labels``: int64 (N,)."""
+    """``features``: one float32 (N, K) tensor per output. ``losses``: float32 (N,). ``n_labels``: int64 (N,).
+
+    Features and losses are on the model's device and may still be in the making there; ``n_labels`` is on the host.
+    """
 
     features: list[Tensor]
     losses: Tensor
@@ -58,7 +65,13 @@ class MultiFeatureExtractor:
     """
 
     def __init__(
-        self, model: nn.Module, outputs: Sequence[Output], *, targets: str | None = None, backend: str = "auto"
+        self,
+        model: nn.Module,
+        outputs: Sequence[Output],
+        *,
+        targets: str | None = None,
+        backend: str = "auto",
+        packing: Packing = "auto",
     ) -> None:
         if not outputs:
             raise LessFastError("no outputs were asked for; give at least one projection")
@@ -82,6 +95,7 @@ class MultiFeatureExtractor:
         self._scratch = Scratch(self.device)
         with frozen_eval(model):
             check_causal(model)
+        self.batches = choose_layout(model, self.device, packing)
         self._vocabulary = embedding_rows(model)
 
     def _computed_by(self, i: int) -> int:
@@ -108,33 +122,34 @@ class MultiFeatureExtractor:
     @torch.inference_mode(False)
     def __call__(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         """Features of every output for a batch; see :meth:`FeatureExtractor.__call__`."""
-        batch = self._checked(batch)
-        n = batch["input_ids"].shape[0]
-        labels = LabelPositions.of(batch["labels"])
-        check_length_invariant(self.model, batch["lengths"])
+        inputs = Inputs.of(checked(batch, self._vocabulary), self.device, packed=self.batches.packed)
+        check_length_invariant(self.model, inputs.tokens.lengths)
+        n, shape = len(inputs.tokens), inputs.input_ids.shape
+        labels = inputs.labels
         lanes = [torch.zeros(c.lanes, n, c.projection.dim, device=self.device) for c in self._computed]
         losses = torch.zeros(n, device=self.device)
         if labels.target.numel():
-            shape = batch["input_ids"].shape
-            tokens = Segments.padded(batch["lengths"].tolist(), shape[1], self.device)
-            predicting = Segments.packed(labels.counts.tolist(), self.device)
 
             def receive(site: Site, value: Tensor, gradient: Tensor) -> None:
                 # A module behind the label gather sees the examples' label tokens one after the other.
                 gathered = value.shape[:2] == gradient.shape[:2] == (1, labels.target.numel())
                 if not gathered and not value.shape[:2] == gradient.shape[:2] == shape:
+                    rows = "1 row" if self.batches.packed else f"{n} examples"
                     raise LessFastError(
                         f"the module of {site.name} gets {tuple(value.shape)} and gives {tuple(gradient.shape)}; "
-                        f"expected {n} examples of {shape[1]} tokens first"
+                        f"expected {rows} of {shape[1]} tokens first"
                     )
-                self._receive(site, value, gradient, predicting if gathered else tokens, lanes)
+                self._receive(site, value, gradient, inputs.predicting if gathered else inputs.tokens, lanes)
 
-            losses = run(self.model, self.sites, batch["input_ids"], labels, receive)
+            own = self.batches.own_attention
+            with attending(self.model, inputs.tokens) if own else nullcontext():
+                losses = run(self.model, self.sites, inputs, receive)
+        # Without a gradient Adam's update would still be that of its momentum.
+        empty = to_device(labels.counts == 0, self.device)[:, None] if 0 in inputs.predicting.lengths else None
         done: dict[int, Tensor] = {}
         for computed, partial in zip(self._computed, lanes):
             features = sum_lanes(partial)
-            features[labels.counts == 0] = 0.0  # without a gradient Adam's update would still be that of its momentum
-            done[computed.index] = features
+            done[computed.index] = features if empty is None else features.masked_fill_(empty, 0.0)
         reduced = [
             reduce_features(done[k], self.outputs[k].projection, output.projection)
             for k, output in zip(self._source, self.outputs)
@@ -171,36 +186,6 @@ class MultiFeatureExtractor:
             scratch=self._scratch,
         )
 
-    def _checked(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name in ("input_ids", "labels"):
-            if name not in batch:
-                raise LessFastError(f"the batch has no {name!r}; it has {sorted(batch)}")
-        if unknown := sorted(set(batch) - {"input_ids", "labels", "attention_mask"}):
-            raise LessFastError(
-                f"the batch has {', '.join(unknown)}, which would change nothing; "
-                "expected input_ids, labels and attention_mask"
-            )
-        ids, labels = batch["input_ids"], batch["labels"]
-        if ids.ndim != 2 or ids.shape != labels.shape:
-            raise LessFastError(
-                f"input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must have one shape (N, T)"
-            )
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.shape != ids.shape:
-            raise LessFastError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(ids.shape)}")
-        if ids.numel() and self._vocabulary is not None:
-            for name, tensor in (("input_ids", ids), ("labels", torch.where(labels == IGNORED, 0, labels))):
-                low, high = int(tensor.min()), int(tensor.max())
-                if low < 0 or high >= self._vocabulary:
-                    raise LessFastError(
-                        f"{name} hold token {low if low < 0 else high}, but the model's embedding has "
-                        f"{self._vocabulary} rows; use the model's own tokenizer"
-                    )
-        tensors = {"input_ids": ids, "labels": labels}
-        if mask is not None:
-            tensors["attention_mask"] = mask
-        return right_padded({name: tensor.to(self.device) for name, tensor in tensors.items()})
-
 
 class FeatureExtractor:
     """Gradient features of one kind: per-example gradient, preconditioned, projected.
@@ -212,7 +197,9 @@ class FeatureExtractor:
     projection : the sketch.
     precondition : ``"sgd"`` (the raw gradient), ``"sign"``, or an :class:`AdamState`.
     targets : None for every LoRA matrix, or a regular expression searched in the names of Linear modules.
-    backend : ``auto``, ``reference``, ``cpu`` or ``triton``.
+    backend : ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
+    packing : ``auto`` computes examples without padding on CUDA where the model's attention has a kernel for that;
+        ``always`` wherever the model gives the same features so, ``never`` nowhere.
 
     Raises
     ------
@@ -228,9 +215,10 @@ class FeatureExtractor:
         *,
         targets: str | None = None,
         backend: str = "auto",
+        packing: Packing = "auto",
     ) -> None:
         self._engine = MultiFeatureExtractor(
-            model, [Output(projection, precondition)], targets=targets, backend=backend
+            model, [Output(projection, precondition)], targets=targets, backend=backend, packing=packing
         )
         self.layout = self._engine.layout
 
@@ -240,7 +228,7 @@ class FeatureExtractor:
         Parameters
         ----------
         batch : ``input_ids`` and ``labels`` (N, T) int64, labels -100 where masked; ``attention_mask`` (N, T) where
-            rows are padded (on either side).
+            rows are padded (on either side). Best on the host: tensors on a device are fetched, which waits for it.
 
         Returns
         -------

@@ -244,6 +244,8 @@ class _Run:
                 shard_size=self.config.shard_size,
                 targets=self.config.modules,
                 backend=self.config.backend,
+                packing=self.config.packing,
+                compile_model=self.config.compile_model,
                 progress=self.progress,
             )
             self.made.append(f"features of checkpoint {checkpoint.step}, {path.name}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from less_fast.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -42,6 +44,4 @@ class Segments:
 
 
 def _table(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    table = torch.tensor([starts, lengths], dtype=torch.int32).reshape(2, len(lengths))
-    # From pinned memory the copy does not make the host wait for the device.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return to_device(torch.tensor([starts, lengths], dtype=torch.int32).reshape(2, len(lengths)), device)

@@ -36,11 +36,26 @@ def test_plan_starts_a_batch_only_when_the_next_example_does_not_fit(lengths, bu
         assert max(lengths[following[0]], 1) * (len(batch) + 1) > budget
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 1000), most=st.none() | st.integers(1, 8))
+def test_a_packed_plan_counts_real_tokens(lengths, budget, most):
+    batches = plan_batches(lengths, budget, most, packed=True)
+    order = [index for batch in batches for index in batch]
+    assert order == sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    for batch in batches:
+        assert sum(lengths[index] for index in batch) <= budget or len(batch) == 1
+        assert len(batch) <= (most or len(lengths))
+    for batch, following in pairwise(batches):
+        size = sum(max(lengths[index], 1) for index in [*batch, following[0]])
+        assert size > budget or len(batch) == most
+
+
 def test_plan_of_known_lengths():
     assert plan_batches([], 10) == []
     assert plan_batches([5, 2, 2, 9, 30, 3], 10) == [[1, 2, 5], [0], [3], [4]]
     assert plan_batches([5, 5, 5], 100, max_examples=2) == [[0, 1], [2]]
     assert plan_batches([0] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert plan_batches([5, 2, 2, 9, 30, 3], 12, packed=True) == [[1, 2, 5, 0], [3], [4]]
 
 
 @pytest.mark.parametrize(("budget", "most", "name"), [(0, None, "token_budget"), (5, 0, "max_examples")])

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,15 @@ import torch
 from support.models import adapted
 from support.tiny import examples, save_tiny_llama, write_jsonl
 
+from less_fast import extraction, shard_job
 from less_fast.data import collate, encode_all, load_examples
 from less_fast.errors import LessFastError
 from less_fast.extraction import extract, extract_many
 from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
 from less_fast.model import load_model
+from less_fast.model.compiled import compiled
 from less_fast.projection import Projection
-from less_fast.store import FeatureStore, Status
+from less_fast.store import FeatureStore, Status, StoreWriter
 
 SRHT = Projection("srht", 256, seed=5)
 
@@ -109,6 +113,109 @@ def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(MultiFeatureExtractor, "__call__", refuse)
     assert np.array_equal(run(folder, tmp_path / "store")[:], first[:])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LessFastError("the disk is full")], ids=["ctrl-c", "write"])
+def test_an_interrupted_run_keeps_whole_shards_and_resumes_to_the_same_bits(
+    error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder, tmp_path / "whole")
+    threads = threading.active_count()
+    with monkeypatch.context() as patch:
+        if isinstance(error, KeyboardInterrupt):
+            collate_shard, seen = shard_job.plan_batches, []
+
+            def interrupted(lengths: list[int], *args: object, **kwargs: object) -> list[list[int]]:
+                seen.append(lengths)
+                if len(seen) == 4:  # shards
+                    raise error
+                return collate_shard(lengths, *args, **kwargs)  # type: ignore[arg-type]
+
+            patch.setattr(shard_job, "plan_batches", interrupted)
+        else:
+            write = StoreWriter.write
+
+            def failing(self: StoreWriter, shard: int, *args: object, **kwargs: object) -> None:
+                if shard == 3:
+                    raise error
+                write(self, shard, *args, **kwargs)  # type: ignore[arg-type]
+
+            patch.setattr(StoreWriter, "write", failing)
+        with pytest.raises(type(error)) as raised:
+            run(folder, tmp_path / "part")
+        assert raised.value is error
+    # What was handed to the writer before is there, nothing else, and no thread is left behind.
+    assert sorted(p.name for p in (tmp_path / "part/shards").iterdir()) == [f"0000{i}.safetensors" for i in range(3)]
+    assert threading.active_count() == threads
+    run(folder, tmp_path / "part")
+    same_files(tmp_path / "whole", tmp_path / "part")
+
+
+def test_packed_batches_give_the_same_features_in_a_store_of_their_own_kind(folder: Path, tmp_path: Path) -> None:
+    padded, packed = run(folder, tmp_path / "padded"), run(folder, tmp_path / "packed", packing="always")
+    np.testing.assert_array_less(
+        np.linalg.norm(packed[:] - padded[:], axis=1), 1e-5 * np.linalg.norm(padded[:], axis=1)
+    )
+    batches = {store.path.name: store.manifest["numerics"]["batches"] for store in (padded, packed)}
+    assert batches == {"padded": "padded", "packed": "packed, scaled_dot_product_attention"}
+    with pytest.raises(LessFastError, match=r'numerics\.batches: "packed, scaled_dot_product_attention" -> "padded"'):
+        run(folder, tmp_path / "packed")
+    sizes: list[int] = []
+    original = MultiFeatureExtractor.__call__
+    with pytest.MonkeyPatch.context() as patch:
+
+        def measured(self: MultiFeatureExtractor, batch: dict[str, torch.Tensor]) -> object:
+            sizes.append(int(batch["attention_mask"].sum()))
+            return original(self, batch)
+
+        patch.setattr(MultiFeatureExtractor, "__call__", measured)
+        run(folder, tmp_path / "again", packing="always", token_budget=400)
+    assert max(sizes) <= 400 and len(sizes) < 30  # real tokens fill the budget
+    same = run(folder, tmp_path / "again", packing="always", token_budget=400)
+    np.testing.assert_allclose(same[:], padded[:], rtol=1e-3, atol=1e-5 * np.abs(padded[:]).max())
+
+
+def test_a_compiled_model_is_recorded_and_put_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(folder, tmp_path / "plain")
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    used: list[int] = []
+
+    def during(self: MultiFeatureExtractor, batch: dict[str, torch.Tensor]) -> object:
+        used.append(sum(module._compiled_call_impl is not None for module in self.model.modules()))
+        return original(self, batch)
+
+    original = MultiFeatureExtractor.__call__
+    monkeypatch.setattr(MultiFeatureExtractor, "__call__", during)
+    monkeypatch.setattr(extraction, "compiled", partial(compiled, backend="eager"))
+    options = {"projection": SRHT, "shard_size": 7, "token_budget": 200, "progress": False, "compile_model": True}
+    store = extract(model, folder / "pool.jsonl", tmp_path / "compiled", tokenizer=tokenizer, **options)
+    np.testing.assert_allclose(store[:], plain[:], rtol=1e-3, atol=1e-5 * np.abs(plain[:]).max())
+    assert set(used) == {6}  # two norms and an MLP in each of two layers
+    assert not any(module._compiled_call_impl for module in model.modules())
+    assert store.manifest["numerics"]["compiled"] is True and plain.manifest["numerics"]["compiled"] is False
+    with pytest.raises(LessFastError, match=r"numerics\.compiled: true -> false"):
+        run(folder, tmp_path / "compiled")
+
+
+def test_few_batches_are_in_flight(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features wait for their copies to the host while the next batches are started, but not for all of a shard."""
+    flying: list[int] = [0, 0]
+
+    class Counted(shard_job.Fetch):
+        def __init__(self, tensors: list[torch.Tensor]) -> None:
+            super().__init__(tensors)
+            flying[0] += 1
+            flying[1] = max(flying)
+
+        def wait(self) -> list[torch.Tensor]:
+            flying[0] -= 1
+            return super().wait()
+
+    monkeypatch.setattr(shard_job, "Fetch", Counted)
+    run(folder, tmp_path / "store", token_budget=60)  # nearly a batch an example
+    assert flying == [0, 3]
 
 
 def test_other_settings_are_refused_and_named(folder: Path, tmp_path: Path) -> None:

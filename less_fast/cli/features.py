@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +12,7 @@ from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
 
 if TYPE_CHECKING:
+    from less_fast.model.packed import Packing
     from less_fast.store import FeatureStore
 
 _PRECONDITIONS = ("adam", "sgd", "sign")
@@ -62,15 +63,21 @@ def _extract(
     store_dtype: Annotated[
         str, typer.Option(help="Type that features are stored in.", metavar="float32|float16|bfloat16")
     ] = RunConfig.store_dtype,
-    token_budget: Annotated[str, typer.Option(help="Padded tokens per batch, or auto.")] = "auto",
+    token_budget: Annotated[str, typer.Option(help="Tokens per batch, padding included, or auto.")] = "auto",
     shard_size: Annotated[int, typer.Option(help="Examples per shard.")] = RunConfig.shard_size,
     dtype: Annotated[
-        str, typer.Option(help="Type of the model's frozen weights.", metavar="float32|bfloat16|float16")
+        str, typer.Option(help="Type of the model's and the adapter's weights.", metavar="float32|bfloat16|float16")
     ] = RunConfig.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunConfig.device,
     backend: Annotated[
-        str, typer.Option(help="What computes the projection.", metavar="auto|triton|cpu|reference")
+        str, typer.Option(help="What computes the projection.", metavar="auto|triton|cuda|cpu|reference")
     ] = RunConfig.backend,
+    packing: Annotated[
+        str, typer.Option(help="Whether batches are computed without padding.", metavar="auto|always|never")
+    ] = RunConfig.packing,
+    compile_model: Annotated[
+        bool, typer.Option("--compile-model", help="Run torch.compile on the parts of the model without adapters.")
+    ] = RunConfig.compile_model,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -116,6 +123,8 @@ def _extract(
             shard_size=shard_size,
             targets=modules,
             backend=backend,
+            packing=cast("Packing", packing),
+            compile_model=compile_model,
             progress=progress,
         )
     results = [_summary(store) for store in stores.values()]

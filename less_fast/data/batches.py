@@ -1,4 +1,4 @@
-"""Batches of similar length under a budget of padded tokens."""
+"""Batches of similar length under a budget of tokens, padded or packed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from less_fast.data.templates import IGNORED, Encoded
 from less_fast.errors import LessFastError
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int, max_examples: int | None = None) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], token_budget: int, max_examples: int | None = None, *, packed: bool = False
+) -> list[list[int]]:
     """Cut examples into batches: every index of `lengths` once, shortest first, ties in their given order.
 
-    A batch's padded size (its longest length × its examples) is at most `token_budget` tokens, and it has at most
-    `max_examples` rows; an example longer than the budget is a batch of its own. Depends on its arguments only.
+    A batch's size is at most `token_budget` tokens: its longest length × its examples, or the sum of its lengths where
+    it is `packed`. It has at most `max_examples` rows; an example longer than the budget is a batch of its own. Depends
+    on its arguments only.
     """
     if token_budget < 1:
         raise LessFastError(f"token_budget must be at least 1, found {token_budget}")
     if max_examples is not None and max_examples < 1:
         raise LessFastError(f"max_examples must be at least 1, found {max_examples}")
     batches: list[list[int]] = []
+    total = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         # The newcomer is the longest so far. An empty example counts as one token, or its batch would have no bound.
         longest = max(lengths[index], 1)
-        fits = bool(batches) and longest * (len(batches[-1]) + 1) <= token_budget
-        if fits and len(batches[-1]) != max_examples:
+        size = total + longest if packed else longest * (len(batches[-1]) + 1 if batches else 1)
+        if batches and size <= token_budget and len(batches[-1]) != max_examples:
             batches[-1].append(index)
+            total += longest
         else:
             batches.append([index])
+            total = longest
     return batches
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
-from less_fast.model.loss import LabelPositions, example_losses, label_logits
+from less_fast.model.inputs import Inputs
+from less_fast.model.loss import example_losses, label_logits
 from less_fast.model.sites import Site
 
-# Receives (site, input (n, T, D_in), output gradient (n, T, D_out)); n is N, or 1 for a module after the label gather.
+# Receives (site, input (n, T, D_in), output gradient (n, T, D_out)); n is N, or 1 in a packed batch (T is then the
+# tokens of all examples) and for a module after the label gather.
 Receiver = Callable[[Site, Tensor, Tensor], None]
 
 
@@ -93,17 +95,17 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[set[int]]:
         yield called
 
 
-def run(
-    model: nn.Module, sites: Sequence[Site], input_ids: Tensor, labels: LabelPositions, receive: Receiver
-) -> Tensor:
+def run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, receive: Receiver) -> Tensor:
     """One forward and backward pass of the sum of the examples' losses; returns the losses, float32 (N,)."""
     with (
         torch.enable_grad(),
-        deterministic(input_ids.device),
+        deterministic(inputs.input_ids.device),
         frozen_eval(model),
         hooked(sites, receive) as called,
     ):
-        losses = example_losses(label_logits(model, input_ids, labels), labels)
+        losses = example_losses(
+            label_logits(model, inputs.input_ids, inputs.labels, inputs.position_ids), inputs.labels
+        )
         for site in sites:
             if site.index not in called:
                 raise LessFastError(

@@ -51,7 +51,7 @@ def load_model(
     ----------
     model_path : a folder or hub name of a Hugging Face model, or of a PEFT adapter (its base model is then loaded).
     adapter_path : a PEFT adapter to put on the model.
-    dtype : float32, bfloat16 or float16, of the base weights. PEFT loads LoRA weights in float32 whatever it is.
+    dtype : float32, bfloat16 or float16, of the model's and the adapter's weights.
     device : auto, cpu, cuda or cuda:N.
 
     Raises
@@ -82,7 +82,8 @@ def load_model(
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, str(adapter_path))
+            # PEFT's default is float32 whatever the model's dtype, which doubles what adapters' inputs take on a GPU.
+            model = PeftModel.from_pretrained(model, str(adapter_path), autocast_adapter_dtype=False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise LessFastError(
                 f"{adapter_path}: the adapter does not fit {model_path} ({_first_line(error)})"

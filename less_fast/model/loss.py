@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
+from less_fast.transfer import to_device
 
 IGNORED = -100
 
@@ -19,22 +20,36 @@ IGNORED = -100
 class LabelPositions:
     """Where a batch's labels are. M is their number.
 
-    ``example``: (M,) int64, the row of each, ascending. ``position``: (M,) the token whose logits predict it.
-    ``target``: (M,) the label. ``counts``: (N,) labels of each example.
+    ``example``: (M,) int64, the example of each, ascending. ``token``: (M,) where on the flat token axis the logits
+    that predict it are. ``target``: (M,) the label. ``weight``: (M,) float32, one over the labels of its example.
+    ``counts``: (N,) labels of each example.
     """
 
     example: Tensor
-    position: Tensor
+    token: Tensor
     target: Tensor
+    weight: Tensor
     counts: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> LabelPositions:
-        """From (N, T) labels, -100 where masked; token t predicts label t + 1."""
+    def of(cls, labels: Tensor, starts: Sequence[int] | None = None) -> LabelPositions:
+        """From (N, T) labels, -100 where masked; token t predicts label t + 1.
+
+        ``starts``: where each example begins on the flat token axis; None: the axis is the rows one after the other.
+        """
         shifted = labels[:, 1:]
         mask = shifted != IGNORED
         example, position = mask.nonzero(as_tuple=True)
-        return cls(example, position, shifted[mask], mask.sum(1))
+        n, length = labels.shape
+        first = torch.arange(n, device=labels.device) * length if starts is None else torch.tensor(starts)
+        counts = mask.sum(1)
+        weight = (1.0 / counts.clamp(min=1).float())[example]
+        return cls(example, first.long()[example] + position, shifted[mask], weight, counts)
+
+    def to(self, device: torch.device) -> LabelPositions:
+        """On the device, all but ``counts``, which only the host reads."""
+        example, token, target = (to_device(index, device) for index in (self.example, self.token, self.target))
+        return LabelPositions(example, token, target, to_device(self.weight, device), self.counts)
 
 
 def right_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,20 +97,20 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def check_length_invariant(model: nn.Module, lengths: Tensor) -> None:
-    """Raise LessFastError where the batch's padded length would change its shorter examples.
+def check_length_invariant(model: nn.Module, lengths: Sequence[int]) -> None:
+    """Raise LessFastError where the batch's longest example would change its shorter ones.
 
     Rotary embeddings of the kinds ``dynamic`` and ``longrope`` choose their frequencies by the length of the batch.
     """
     config = getattr(model, "config", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope") or lengths.unique().numel() < 2:
+    if rope.get("rope_type") not in ("dynamic", "longrope") or len(set(lengths)) < 2:
         return
     positions: Any = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
     original = int(positions)
-    if int(lengths.max()) > original:
+    if max(lengths) > original:
         raise LessFastError(
-            f"the batch has examples of {int(lengths.min())} to {int(lengths.max())} tokens, and beyond {original} "
+            f"the batch has examples of {min(lengths)} to {max(lengths)} tokens, and beyond {original} "
             f"the model's {rope['rope_type']} rotary embedding depends on the batch; "
             f"use max_length={original} or one length a batch"
         )
@@ -105,8 +120,8 @@ def check_length_invariant(model: nn.Module, lengths: Tensor) -> None:
 def logits_at(model: nn.Module, shape: torch.Size, labels: LabelPositions) -> Iterator[None]:
     """Within the context the output head sees the hidden states of label positions alone: logits are (1, M, V).
 
-    ``shape`` is (N, T). Everything the model does to logits after its head (scaling, soft-capping) is element-wise and
-    stays in place.
+    ``shape`` is (N, T), or (1, tokens) of a packed batch. Everything the model does to logits after its head (scaling,
+    soft-capping) is element-wise and stays in place.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -117,7 +132,7 @@ def logits_at(model: nn.Module, shape: torch.Size, labels: LabelPositions) -> It
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not args or args[0].shape[:2] != shape:
             return None  # a head that is fed in another way computes all logits
-        return (args[0][labels.example, labels.position].unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1)[labels.token].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -126,16 +141,19 @@ def logits_at(model: nn.Module, shape: torch.Size, labels: LabelPositions) -> It
         handle.remove()
 
 
-def label_logits(model: nn.Module, input_ids: Tensor, labels: LabelPositions) -> Tensor:
+def label_logits(
+    model: nn.Module, input_ids: Tensor, labels: LabelPositions, position_ids: Tensor | None = None
+) -> Tensor:
     """Run the model and return the logits that predict the labels: (M, V)."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     with logits_at(model, input_ids.shape, labels):
-        output = model(input_ids=input_ids, use_cache=False)
+        output = model(input_ids=input_ids, use_cache=False, **positions)
     logits: Tensor = output.logits
     n, length = input_ids.shape
     if logits.shape[:2] == (1, labels.target.numel()):
         return logits[0]
     if logits.shape[:2] == (n, length):
-        return logits[labels.example, labels.position]
+        return logits.flatten(0, 1)[labels.token]
     raise LessFastError(
         f"the model's logits have shape {tuple(logits.shape)}; "
         f"expected ({n}, {length}, vocabulary) for input_ids of {n} x {length}"
@@ -146,5 +164,4 @@ def example_losses(logits: Tensor, labels: LabelPositions) -> Tensor:
     """(M, V) logits -> (N,) float32: each example's mean cross-entropy; 0 for an example without labels."""
     token_losses = nn.functional.cross_entropy(logits.float(), labels.target, reduction="none")
     losses = token_losses.new_zeros(labels.counts.shape[0])
-    weights = 1.0 / labels.counts.clamp(min=1).to(token_losses.dtype)
-    return losses.index_add(0, labels.example, token_losses * weights[labels.example])
+    return losses.index_add(0, labels.example, token_losses * labels.weight)

@@ -1,0 +1,45 @@
+"""``BackgroundWriter``: shards are written while the next ones are computed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+# Finished shards that wait to be written, beside the one that is being written: what they hold is memory.
+_WAITING = 1
+
+
+class BackgroundWriter:
+    """Runs writes one after the other in a thread of its own; they are done when the context is left.
+
+    An error of a write is raised by the next :meth:`submit`, or on leaving the context; writes that have not begun by
+    then are dropped. Where another error (or Ctrl-C) leaves the context, what was submitted before is still written.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "less_fast-writer")
+        self._queue: deque[Future[None]] = deque()
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Have ``write`` called in the background; waits while more than one write is waiting already."""
+        while self._queue and (self._queue[0].done() or len(self._queue) > _WAITING):
+            self._take()
+        self._queue.append(self._thread.submit(write))
+
+    def _take(self) -> None:
+        try:
+            self._queue.popleft().result()
+        except BaseException:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            raise
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._queue:
+                self._take()
+        finally:
+            self._thread.shutdown(wait=True)
