@@ -36,11 +36,11 @@ def test_copy(benchmark: Any, grads: torch.Tensor) -> None:
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: f"{p.kind}-{p.dim}")
 def test_accumulate(benchmark: Any, grads: torch.Tensor, projection: Projection, rule: str, backend: str) -> None:
     features = torch.zeros(N, projection.dim)
-    reason = BACKENDS[backend].supports(features, grads, projection)
-    if reason is not None:
-        pytest.skip(reason)
     tables = torch.randn(S, L) * 1e-3, torch.rand(S, L) * 1e-6 + 1e-8
     update = Rule("adam", *tables, 0.1, 0.001, 0.0) if rule == "adam" else NONE
+    reason = BACKENDS[backend].supports(features, grads, projection, update)
+    if reason is not None:
+        pytest.skip(reason)
     flops, n_bytes = accumulate_cost(N, PARAMETER, projection, update)
     benchmark.extra_info.update(flops=flops, bytes=n_bytes)
     benchmark(accumulate, features, grads, PARAMETER, 0, projection, update, backend=backend)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,13 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def row(op: str, implementation: str, seconds: Sequence[float], **facts: Any) -> dict[str, Any]:
-    """One JSON row: times in ms at the 50, 20 and 80 % quantiles, and where and when they were taken."""
+def row(
+    op: str, implementation: str, seconds: Sequence[float], *, device: torch.device | None = None, **facts: Any
+) -> dict[str, Any]:
+    """One JSON row: times in ms at the 50, 20 and 80 % quantiles, and where and when they were taken.
+
+    ``device``: where they were taken; None for the CUDA device where there is one, else the CPU.
+    """
     return {
         "op": op,
         "implementation": implementation,
@@ -63,22 +69,27 @@ def row(op: str, implementation: str, seconds: Sequence[float], **facts: Any) ->
         "ms_20": 1e3 * quantile(seconds, 0.2),
         "ms_80": 1e3 * quantile(seconds, 0.8),
         **facts,
-        "peak_bytes": peak_bytes(),
-        **machine(),
+        "peak_bytes": peak_bytes(device),
+        **machine(device),
     }
 
 
-def peak_bytes() -> int:
-    """Most bytes held so far: of the CUDA device where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def on_cuda(device: torch.device | None) -> bool:
+    """Whether ``device`` is a CUDA device; None stands for the CUDA device where there is one."""
+    return torch.cuda.is_available() if device is None else device.type == "cuda"
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """Most bytes held so far: of a CUDA device since its peak was last reset, else of this process."""
+    if on_cuda(device):
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def device_name() -> str:
+def device_name(device: torch.device | None = None) -> str:
     """The CUDA device's name, or the CPU's with the number of threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if on_cuda(device):
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -90,22 +101,34 @@ def device_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def machine() -> dict[str, Any]:
-    """Device, versions, commit and date."""
-    facts: dict[str, Any] = {"device": device_name(), "torch": torch.__version__}
-    for package in ("triton", "transformers", "less_fast"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Device, driver, versions, commit and date."""
+    cuda = on_cuda(device)
+    return {
+        "device": device_name(device),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "torch": torch.__version__,
+        **{package: _version(package) for package in ("triton", "transformers", "less_fast")},
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _version(package: str) -> str | None:
     try:
-        here = Path(__file__).parent
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        facts["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        facts["commit"] = None
-    facts["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return facts
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _output(*command: str) -> str | None:
+    """First line of what a command prints; None where it fails or is not there."""
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return printed.strip().partition("\n")[0] or None
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
@@ -127,8 +150,19 @@ def _short(value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
 
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> nn.Module:
-    """A Llama with random weights in float32."""
+def llama(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    *,
+    tied: bool = True,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A Llama with random weights, made where it is to run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -140,18 +174,25 @@ def llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device or torch.device("cpu")):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def with_adapter(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA on q, k, v and o with random, non-zero B, in eval mode."""
+    """LoRA on q, k, v and o with random, non-zero B, in the model's dtype as LESS has it; in eval mode."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=targets))
+    config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=targets)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -159,18 +200,21 @@ def with_adapter(model: nn.Module, rank: int) -> nn.Module:
 
 
 def random_adam_state(model: nn.Module) -> Any:
-    """An AdamState of plausible random moments for every LoRA weight."""
+    """An AdamState of plausible random moments for every LoRA weight, on the CPU as one read from a checkpoint."""
     from less_fast.optim import AdamState
     from less_fast.optim.checkpoint import Moments
 
-    generator = torch.Generator().manual_seed(2)
-    moments = {
-        name: Moments(
-            torch.randn(p.shape, generator=generator) * 1e-3, torch.rand(p.shape, generator=generator) * 1e-6, 100
-        )
-        for name, p in model.named_parameters()
-        if "lora_" in name
-    }
+    generators: dict[torch.device, torch.Generator] = {}
+    moments = {}
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            # Generated where it is used: a hundred million normals take seconds on a CPU.
+            if p.device not in generators:
+                generators[p.device] = torch.Generator(p.device).manual_seed(2)
+            generator = generators[p.device]
+            m = torch.randn(p.shape, generator=generator, device=p.device) * 1e-4
+            v = torch.rand(p.shape, generator=generator, device=p.device) * 1e-8 + 1e-12
+            moments[name] = Moments(m.cpu(), v.cpu(), 100)
     return AdamState(moments)
 
 

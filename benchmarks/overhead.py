@@ -1,19 +1,17 @@
 """What do features cost on top of the model? Extraction against the bare forward and backward of the same batches.
 
-Bare: the same model and batches, LoRA weights frozen, logits at label positions only, backward down to the first
-adapter's output, which is the least that any per-example gradient of the adapters needs. Both variants run batch by
-batch in turn, so that what else the machine does falls on both.
+The bare pass is defined in bare.py. Both variants run batch by batch in turn, so that what else the machine does falls
+on both.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bare import bare
 from common import (
     arguments,
     data_folder,
@@ -28,36 +26,7 @@ from common import (
 from torch import Tensor, nn
 
 from less_fast.features import FeatureExtractor
-from less_fast.model.capture import frozen_eval
-from less_fast.model.loss import LabelPositions, example_losses, label_logits, right_padded
 from less_fast.projection import Projection
-
-
-@contextmanager
-def graph_from_first_adapter(model: nn.Module) -> Iterator[None]:
-    """Autograd starts at the first LoRA output of the network, as in extraction."""
-
-    def start(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)
-
-    first = [module for name, module in model.named_modules() if ".layers.0." in name and ".lora_A." in name]
-    handles = [module.register_forward_hook(start) for module in first]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def bare(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Forward and backward of the frozen model; returns the losses."""
-    batch = right_padded(batch)
-    labels = LabelPositions.of(batch["labels"])
-    with frozen_eval(model), graph_from_first_adapter(model):
-        losses = example_losses(label_logits(model, batch["input_ids"], labels), labels)
-        losses.sum().backward()
-    return losses.detach()
 
 
 def measure(name: str, model: nn.Module, batches: list[dict[str, Tensor]], repeats: int) -> list[dict[str, Any]]:
@@ -84,7 +53,7 @@ def measure(name: str, model: nn.Module, batches: list[dict[str, Tensor]], repea
             for variant in seconds:
                 seconds[variant].append(total[variant])
     ratio = statistics.median(f / b for f, b in zip(seconds["less_fast"], seconds["bare"]))
-    facts = {
+    facts: dict[str, Any] = {
         "shape": name,
         "dtype": "float32",
         "examples": examples,

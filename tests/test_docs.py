@@ -122,7 +122,7 @@ def test_every_key_of_a_manifest_is_documented(run_blocks: Run) -> None:
 
 
 def test_measured_figures_are_those_of_the_committed_results() -> None:
-    (results,) = (ROOT / "benchmarks" / "results").glob("*/overhead.json")
+    results = ROOT / "benchmarks/results/amd-epyc-2-threads/overhead.json"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     readme = (ROOT / "README.md").read_text()
     assert len(rows) == 4
