@@ -104,11 +104,11 @@ def _measure(session: Session, case: Case, lengths: Sequence[int], projection: P
     scratch = Scratch(device)
     ours = "auto" if session.cuda else "cpu"
     width = lanes_needed(layout, projection, device, backend=ours)
-    signs = prepare(parameter, 0, projection, device, backend=ours)
+    prepared = prepare(parameter, 0, projection, sets[0].rule, device, backend=ours)
     lanes = torch.zeros(width, len(segments), projection.dim, device=device)
 
     def target(data: Operands, lanes: Tensor) -> Target:
-        return Target(lanes, 0, projection, data.rule, signs)
+        return Target(lanes, 0, projection, data.rule, prepared)
 
     def fused(i: int, lanes: Tensor = lanes) -> None:
         data = sets[i % len(sets)]

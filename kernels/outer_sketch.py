@@ -8,12 +8,14 @@ depends on the matrix alone: equal calls give equal bits, whatever the batch.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from less_fast.kernels.accumulate import COUNTS, capability_of
 from less_fast.kernels.mix import BFLOAT16_BITS, MAX_BLOCK, MIN_BLOCK, TF32_BITS, hadamard_matrix, mix
 from less_fast.kernels.philox import flip, on_device, packed_signs
 from less_fast.kernels.rule import MODE_NONE, mode_of, precondition
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from less_fast.projection import TAG_SRHT_IN, TAG_SRHT_OUT
 
+PLACES = ("first_phase", "n_phases", "phase_stride", "n_layers", "base_slot")  # scalars, as COUNTS are
 MAX_ENTRIES = 2**30  # S·L of a matrix: positions in it are 32-bit
 LAUNCH_LANES = 4  # lanes per chunk that one launch aims at, where the short side is no divisor of the slots
 
@@ -58,6 +61,7 @@ class Plan:
         return self.chunks * self.layers
 
 
+@functools.lru_cache(maxsize=1024)  # asked for at every launch
 def plan(short: int, long: int, dim: int, block: int) -> Plan:
     """The plan of a matrix (S, L) for K = ``dim``; a pure function of them."""
     slots = dim // block
@@ -71,27 +75,33 @@ def plan(short: int, long: int, dim: int, block: int) -> Plan:
     return Plan(stride, phases, steps, -(-total // steps), layers)
 
 
+@functools.lru_cache(maxsize=1024)
 def config(short: int, dtype: torch.dtype, capability: int = 90) -> Tile:
     """The tile for a matrix with ``short`` rows and operands of ``dtype`` on a device of ``capability`` (80, 90, …)."""
     # Larger tiles read less; these are the largest whose registers do not spill.
-    most = (64 if dtype == torch.float32 else 128) // (1 if capability >= 90 else 2)
+    wide = capability >= 90
+    most = (64 if dtype == torch.float32 else 128) // (1 if wide else 2)
     rows = max(16, min(most, triton.next_power_of_2(short)))
+    warps = 4 if rows < (32 if dtype == torch.float32 else 64) else 8
     if dtype == torch.float32:  # three products of half the rate, and twice the shared memory
-        return Tile(rows, 32, 1, 4 if rows == 16 else 8, 2)
-    return Tile(rows, 64, 2 if rows >= 64 and capability >= 90 else 1, 4 if rows < 64 else 8, 3)
+        return Tile(rows, 16 if rows == 64 else 32, 1, warps, 2)
+    if not wide or rows < 64:
+        return Tile(rows, 64, 1, warps, 3)
+    return Tile(rows, 64, 2, warps, 3) if capability >= 100 else Tile(rows, 32, 2, warps, 4)
 
 
 @triton.jit
 def gradients(
     left_start: tl.tensor, right_start: tl.tensor, length: tl.tensor, in_left: tl.tensor,
-    in_right: tl.tensor, in_next: tl.tensor, next_step: tl.tensor, right_stride: tl.tensor,
+    in_right: tl.tensor, in_next: tl.tensor, next_step: tl.tensor, right_stride: tl.tensor, one: tl.tensor,
     LEFT_STRIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     RUNS: tl.constexpr, PRODUCT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """G = leftᵀ right over ``length`` tokens, (ROWS, BLOCK) float32; where RUNS is 2, the columns ``next_step`` on too.
 
     ``left_start`` (TOKENS, ROWS) and ``right_start`` (TOKENS, BLOCK) point to the first tokens; ``in_left`` (ROWS,),
-    ``in_right`` and ``in_next`` (BLOCK,) say which columns exist.
+    ``in_right`` and ``in_next`` (BLOCK,) say which columns exist. Tensor cores round their running sum towards zero;
+    float32 operands, which are worth more, are added up outside, and the factor ``one`` keeps the compiler from it.
     """
     g = tl.zeros((ROWS, BLOCK), tl.float32)
     next_g = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -100,10 +110,16 @@ def gradients(
         here = (t + token < length)[:, None]
         left = tl.trans(tl.load(left_start, mask=here & in_left[None, :], other=0.0))  # (ROWS, TOKENS)
         right = tl.load(right_start, mask=here & in_right[None, :], other=0.0)  # (TOKENS, BLOCK)
-        g = tl.dot(left, right, g, input_precision=PRODUCT)
+        if PRODUCT == "tf32x3":
+            g += tl.dot(left, right, input_precision=PRODUCT) * one
+        else:
+            g = tl.dot(left, right, g, input_precision=PRODUCT)
         if RUNS == 2:
             right = tl.load(right_start + next_step, mask=here & in_next[None, :], other=0.0)
-            next_g = tl.dot(left, right, next_g, input_precision=PRODUCT)
+            if PRODUCT == "tf32x3":
+                next_g += tl.dot(left, right, input_precision=PRODUCT) * one
+            else:
+                next_g = tl.dot(left, right, next_g, input_precision=PRODUCT)
         left_start += TOKENS * LEFT_STRIDE
         right_start += TOKENS * right_stride
     return g, next_g
@@ -139,14 +155,14 @@ def mixed_run(
     return flip(mixed, sign_bits(words_ptr + WORDS, known, position, WORDS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*COUNTS, *PLACES))
 def outer_sketch_kernel(
     left_ptr: tl.tensor, right_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, signs_ptr: tl.tensor,
     lanes_ptr: tl.tensor, starts_ptr: tl.tensor, lengths_ptr: tl.tensor,
     n_examples: tl.tensor, right_stride: tl.tensor, lane_stride: tl.tensor, example_stride: tl.tensor,
     n_long: tl.tensor, n_slots: tl.tensor, first_phase: tl.tensor, n_phases: tl.tensor, phase_stride: tl.tensor,
     n_steps: tl.tensor, n_layers: tl.tensor, base_slot: tl.tensor,
-    alpha: tl.tensor, gamma: tl.tensor, e: tl.tensor, scale: tl.tensor,
+    alpha: tl.tensor, gamma: tl.tensor, e: tl.tensor, scale: tl.tensor, one: tl.tensor,
     N_SHORT: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     RUNS: tl.constexpr, BITS: tl.constexpr, PRODUCT: tl.constexpr, MIXING: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -173,7 +189,7 @@ def outer_sketch_kernel(
         next_step = phase_stride * BLOCK
         g, next_g = gradients(
             left_start, right_start + q * BLOCK, length, short < N_SHORT, long < n_long, long + next_step < n_long,
-            next_step, right_stride, N_SHORT, ROWS, TOKENS, BLOCK, RUNS, PRODUCT,
+            next_step, right_stride, one, N_SHORT, ROWS, TOKENS, BLOCK, RUNS, PRODUCT,
         )  # fmt: skip
         acc += mixed_run(g, h, a_ptr, b_ptr, signs_ptr, q, short, n_long, alpha, gamma, e, N_SHORT, MODE, BLOCK, BITS)
         if RUNS == 2:
@@ -188,14 +204,6 @@ def outer_sketch_kernel(
     out = lanes_ptr + lane[:, None] * lane_stride + example * example_stride + slot[:, None] * BLOCK + position[None, :]
     owned = (short < N_SHORT)[:, None]
     tl.store(out, tl.load(out, mask=owned, other=0.0) + acc * scale, mask=owned)
-
-
-def capability(tensor: Tensor) -> int:
-    """10 · major + minor of the compute capability of a tensor's device; 90 for Triton's interpreter."""
-    if not tensor.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
 
 
 def sign_table(run_base: int, n_runs: int, block: int, seed: int, device: torch.device) -> Tensor:
@@ -220,7 +228,7 @@ def outer_sketch(
     if n == 0:
         return
     cut = plan(short, long, dim, block)
-    tile = config(short, left.dtype, capability(left)) if tile is None else tile
+    tile = config(short, left.dtype, capability_of(left)) if tile is None else tile
     slots = dim // block
     half = left.dtype != torch.float32
     a, b = (lanes, lanes) if table_a is None or table_b is None else (table_a, table_b)
@@ -230,7 +238,7 @@ def outer_sketch(
             outer_sketch_kernel[(-(-short // tile.rows) * n * phases * cut.chunks,)](
                 left, right, a, b, signs, lanes, starts, lengths,
                 n, right.stride(0), lanes.stride(0), lanes.stride(1), long, slots, first, phases, cut.stride,
-                cut.steps, cut.layers, rho_base % slots, alpha, gamma, e, 1 / math.sqrt(block),
+                cut.steps, cut.layers, rho_base % slots, alpha, gamma, e, 1 / math.sqrt(block), 1.0,
                 N_SHORT=short, MODE=mode_of(mode, e), BLOCK=block, ROWS=tile.rows, TOKENS=tile.tokens, RUNS=tile.runs,
                 BITS=BFLOAT16_BITS if half else TF32_BITS, PRODUCT="tf32" if half else "tf32x3",
                 MIXING=tl.bfloat16 if half and left.is_cuda else tl.float32,
@@ -238,10 +246,15 @@ def outer_sketch(
             )  # fmt: skip
 
 
-def refuses(short: int, long: int, block: int) -> str | None:
-    """None where :func:`outer_sketch` can take a matrix (S, L), else the reason why not."""
+def refuses(short: int, long: int) -> str | None:
+    """None where the fused kernels can take a matrix (S, L), else the reason why not."""
+    if short * long > MAX_ENTRIES:
+        return f"the matrix has {short * long} entries, and the fused kernels number up to {MAX_ENTRIES}"
+    return None
+
+
+def refuses_block(block: int) -> str | None:
+    """None where :func:`outer_sketch` can mix runs of ``block`` entries, else the reason why not."""
     if not MIN_BLOCK <= block <= MAX_BLOCK:
         return f"block is {block}, and the fused kernel mixes runs of {MIN_BLOCK} to {MAX_BLOCK}"
-    if short * long > MAX_ENTRIES:
-        return f"the matrix has {short * long} entries, and the fused kernel numbers up to {MAX_ENTRIES}"
     return None

@@ -85,8 +85,12 @@ def sign_mask(
 
 @triton.jit
 def flip(x: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Negate the float32 entries of ``x`` whose ``mask`` has bit 31 set."""
-    return (x.to(tl.int32, bitcast=True) ^ mask).to(tl.float32, bitcast=True)
+    """Negate the entries of ``x``, of 16 or 32 bits, whose ``mask`` has bit 31 set; its other bits are 0."""
+    if x.dtype.primitive_bitwidth == 16:
+        y = (x.to(tl.int16, bitcast=True) ^ (mask >> 16).to(tl.int16)).to(x.dtype, bitcast=True)
+    else:
+        y = (x.to(tl.int32, bitcast=True) ^ mask).to(x.dtype, bitcast=True)
+    return y
 
 
 @triton.jit

@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 
 from less_fast.layout import ParameterLayout
-from less_fast.ops import cpu
+from less_fast.ops import cpu, cuda
 from less_fast.ops.accumulate import BACKENDS
+from less_fast.ops.outer import Scratch
+from less_fast.ops.outer_sketch import (
+    Target,
+    lanes_needed,
+    outer_sketch_reference,
+    outer_sketches,
+    sum_lanes,
+    why_not_fused,
+)
 from less_fast.ops.reference import accumulate_reference
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import KINDS, Projection
+from less_fast.segments import Segments
 
 PACKAGES = ("less_fast", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
 TOLERANCE = 1e-5  # relative, of float32 sums against float64
@@ -102,7 +112,8 @@ def examine() -> Diagnosis:
         processor=_processor(),
         devices=_devices(),
         disk_free_gb=shutil.disk_usage(os.getcwd()).free / 1e9,
-        checks=[check_backend(name, device) for device in devices for name in BACKENDS],
+        checks=[check_backend(name, device) for device in devices for name in BACKENDS]
+        + [check_fused(kind, "cuda") for kind in ("srht", "sjlt") if "cuda" in devices],
     )
 
 
@@ -110,36 +121,85 @@ def check_backend(name: str, device: str) -> Check:
     """Compare one backend on one device with the float64 reference, for every kind of projection and every rule."""
     started = time.monotonic()
     worst, count = 0.0, 0
-    for projection, rule_name, grads, rules in _cases(device):
+    refused: str | None = None
+    for layout, projection, rule_name, grads, rules in _cases(device):
         features = torch.zeros(_N, projection.dim, device=device)
-        unavailable = BACKENDS[name].supports(features, grads[0], projection)
+        unavailable = BACKENDS[name].supports(features, grads[0], projection, rules[0])
         if unavailable is not None:
-            return Check(name, device, False, False, 0, None, unavailable, 0.0)
+            refused = refused or unavailable
+            continue
         case = f"{projection.kind} with {rule_name}"
         try:
-            _accumulate(BACKENDS[name].run, features, grads, rules, projection)
+            _accumulate(BACKENDS[name].run, layout, features, grads, rules, projection)
         except Exception as error:  # a broken build or driver may raise anything, and is what this looks for
             reason = f"{case}: {type(error).__name__} {error}".strip().splitlines()[0]
             return Check(name, device, True, False, count, worst, reason, time.monotonic() - started)
         wide = [grad.double() for grad in grads]
         exact = torch.zeros(_N, projection.dim, dtype=torch.float64, device=device)
-        _accumulate(accumulate_reference, exact, wide, rules, projection)
+        _accumulate(accumulate_reference, layout, exact, wide, rules, projection)
         distance = float((features - exact).norm() / exact.norm())
         count += 1
         worst = max(worst, distance if math.isfinite(distance) else math.inf)
         if not distance <= TOLERANCE:
             reason = f"{case}: relative error {distance:.1e}, expected at most {TOLERANCE:.0e}"
             return Check(name, device, True, False, count, worst, reason, time.monotonic() - started)
+    if not count:
+        return Check(name, device, False, False, 0, None, refused, 0.0)
     return Check(name, device, True, True, count, worst, None, time.monotonic() - started)
 
 
-def _layout() -> ParameterLayout:
+def check_fused(kind: str, device: str) -> Check:
+    """Compare the kernel from activations to features with float64 gradients and their sketch, for every rule."""
+    started = time.monotonic()
+    name = f"fused {kind}"
+    lengths = (30, 1, 0, 77)
+    worst, count = 0.0, 0
+    for layout, projection, rule_name, _, rules in _cases_of(_layouts()[0], device):
+        if projection.kind != kind:
+            continue
+        parameter, generator = layout.parameters[0], torch.Generator().manual_seed(1)
+        segments = Segments.packed(lengths, torch.device(device))
+        left, right = (
+            torch.randn(sum(lengths), width, generator=generator).to(device)
+            for width in (parameter.short, parameter.long)
+        )
+        lanes = torch.zeros(
+            lanes_needed(layout, projection, torch.device(device)), len(lengths), projection.dim, device=device
+        )
+        target = Target(lanes, 0, projection, rules[0])
+        unavailable = why_not_fused(target, left, right, parameter)
+        if unavailable is not None:
+            return Check(name, device, False, False, 0, None, unavailable, 0.0)
+        exact = torch.zeros(1, len(lengths), projection.dim, dtype=torch.float64, device=device)
+        wide = [Target(exact, 0, projection, rules[0])]
+        try:
+            outer_sketches([target], left, right, segments, parameter)
+        except Exception as error:
+            reason = f"{rule_name}: {type(error).__name__} {error}".strip().splitlines()[0]
+            return Check(name, device, True, False, count, worst, reason, time.monotonic() - started)
+        outer_sketch_reference(wide, left, right, segments, parameter, "reference", Scratch(left.device))
+        distance = float((sum_lanes(lanes) - exact[0]).norm() / exact.norm())
+        count += 1
+        worst = max(worst, distance if math.isfinite(distance) else math.inf)
+    passed = worst <= TOLERANCE
+    verdict = None if passed else f"relative error {worst:.1e}, expected at most {TOLERANCE:.0e}"
+    return Check(name, device, True, passed, count, worst, verdict, time.monotonic() - started)
+
+
+def _layouts() -> list[ParameterLayout]:
     a, b = _WIDTHS
-    return ParameterLayout.build([("q.lora_A.weight", _RANK, a), ("q.lora_B.weight", b, _RANK)])
+    lora = ParameterLayout.build([("q.lora_A.weight", _RANK, a), ("q.lora_B.weight", b, _RANK)])
+    return [lora, ParameterLayout.flat(_RANK * a)]
 
 
-def _cases(device: str) -> Iterator[tuple[Projection, str, list[Tensor], list[Rule]]]:
-    layout = _layout()
+def _cases(device: str) -> Iterator[tuple[ParameterLayout, Projection, str, list[Tensor], list[Rule]]]:
+    for layout in _layouts():
+        yield from _cases_of(layout, device)
+
+
+def _cases_of(
+    layout: ParameterLayout, device: str
+) -> Iterator[tuple[ParameterLayout, Projection, str, list[Tensor], list[Rule]]]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -157,11 +217,17 @@ def _cases(device: str) -> Iterator[tuple[Projection, str, list[Tensor], list[Ru
     for kind in KINDS:
         projection = Projection(kind, layout.size if kind == "identity" else _DIM, 7, _BLOCK, _NNZ)
         for name, chosen in rules.items():
-            yield projection, name, grads, chosen
+            yield layout, projection, name, grads, chosen
 
 
-def _accumulate(run: Any, features: Tensor, grads: list[Tensor], rules: list[Rule], projection: Projection) -> None:
-    layout = _layout()
+def _accumulate(
+    run: Any,
+    layout: ParameterLayout,
+    features: Tensor,
+    grads: list[Tensor],
+    rules: list[Rule],
+    projection: Projection,
+) -> None:
     with torch.no_grad():
         for parameter, base, grad, rule in zip(layout.parameters, layout.run_bases(projection.block), grads, rules):
             run(features, grad, parameter, base, projection, rule)
@@ -181,6 +247,7 @@ def _processor() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "less_fast._cuda": cuda.MISSING or "built",
         "less_fast._cpu": missing or ("built, uses AVX2" if avx2 else "built, without AVX2"),
         "byte order": sys.byteorder,
     }

@@ -16,6 +16,7 @@ from less_fast.model.loss import check_causal, check_length_invariant
 from less_fast.model.packed import Packing, attending, choose_layout
 from less_fast.model.sites import Site, embedding_rows, find_sites
 from less_fast.ops.accumulate import resolve
+from less_fast.ops.fused import Prepared
 from less_fast.ops.outer import Scratch
 from less_fast.ops.outer_sketch import Target, lanes_needed, outer_sketches, prepare, sum_lanes
 from less_fast.ops.project import check_identity
@@ -49,12 +50,12 @@ class BatchFeatures:
 
 @dataclass(frozen=True)
 class _Computed:
-    """An output that is not reduced from another: its ``lanes``, and (run base, rule, sign table) of every site."""
+    """An output that is not reduced from another: its ``lanes``, and (run base, rule, prepared) of every site."""
 
     index: int
     projection: Projection
     lanes: int
-    sites: list[tuple[int, Rule, Tensor | None]]
+    sites: list[tuple[int, Rule, Prepared]]
 
 
 class MultiFeatureExtractor:
@@ -112,12 +113,12 @@ class MultiFeatureExtractor:
     def _compute(self, index: int, projection: Projection, rules: list[Rule]) -> _Computed:
         bases = self.layout.run_bases(projection.block)
         where = self.device
-        signs = [
-            prepare(parameter, base, projection, where, backend=self.backend)
-            for parameter, base in zip(self.layout.parameters, bases)
+        prepared = [
+            prepare(parameter, base, projection, rule, where, backend=self.backend)
+            for parameter, base, rule in zip(self.layout.parameters, bases, rules)
         ]
         lanes = lanes_needed(self.layout, projection, where, backend=self.backend)
-        return _Computed(index, projection, lanes, list(zip(bases, rules, signs)))
+        return _Computed(index, projection, lanes, list(zip(bases, rules, prepared)))
 
     @torch.inference_mode(False)
     def __call__(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
@@ -174,8 +175,8 @@ class MultiFeatureExtractor:
         left, right = (gradient, value) if site.short_is_output else (value, gradient)
         targets = []
         for computed, partial in zip(self._computed, lanes):
-            run_base, rule, signs = computed.sites[site.index]
-            targets.append(Target(partial, run_base, computed.projection, rule, signs))
+            run_base, rule, prepared = computed.sites[site.index]
+            targets.append(Target(partial, run_base, computed.projection, rule, prepared))
         outer_sketches(
             targets,
             left.flatten(0, 1),

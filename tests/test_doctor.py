@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.fused import fused_check
+from support.triton_run import in_interpreter, require_triton
 from typer.testing import CliRunner
 
 from less_fast.cli import app
-from less_fast.doctor import TOLERANCE, check_backend, examine
+from less_fast.doctor import TOLERANCE, check_backend, check_fused, examine
 from less_fast.ops import cpu
 from less_fast.ops.accumulate import BACKENDS, Backend
 from less_fast.ops.reference import accumulate_reference
 from less_fast.projection import KINDS
 
-N_CASES = len(KINDS) * 4
+N_CASES = len(KINDS) * 4 * 2  # rules; adapter matrices and a flat vector
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,11 @@ def test_the_command_passes() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     assert "everything that can run here agrees with the reference" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["srht", "sjlt"])
+def test_the_fused_kernels_are_checked_where_they_can_run(kind: str) -> None:
+    require_triton()
+    assert "CUDA devices" in str(check_fused(kind, "cpu").reason)
+    check = in_interpreter(fused_check, kind)
+    assert check.passed and check.n_cases == 4 and check.worst_error < TOLERANCE

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.triton_run import interpreted_backend, require_triton
+from torch import Tensor
 
 from less_fast.layout import ParameterLayout
-from less_fast.ops.accumulate import accumulate
+from less_fast.ops.accumulate import BACKENDS, Backend, accumulate
+from less_fast.ops.project import project
+from less_fast.ops.reference import accumulate_reference
 from less_fast.ops.rule import NONE, Rule
 from less_fast.ops.triton import supports
 from less_fast.projection import Projection
@@ -38,6 +43,25 @@ def test_the_backend_equals_the_reference(projection: Projection, kind: str) -> 
         got = interpreted_backend(got, grads, parameter, base, projection, rule)
         accumulate(expected, grads.double(), parameter, base, projection, rule, backend="reference")
     assert (got - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_project_leaves_dtypes_that_a_backend_takes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    calls: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def run(features: Tensor, grads: Tensor, *where: Any) -> None:
+        calls.append((grads.dtype, tuple(grads.shape)))
+        accumulate_reference(features, grads, *where)
+
+    grads, projection = torch.randn(9, 2**20, dtype=dtype), Projection("srht", 128)
+    expected = project(grads, projection, backend="reference")
+    monkeypatch.setitem(BACKENDS, "triton", Backend(lambda features, grads, *where: None, run))
+    torch.testing.assert_close(project(grads, projection, backend="triton"), expected)
+    assert calls == [(dtype, (9, 1, 2**20))]
+    calls.clear()
+    strided = grads.T.contiguous().T
+    torch.testing.assert_close(project(strided, projection, backend="triton"), expected)
+    assert len(calls) > 1 and all(found == torch.float32 for found, _ in calls)
 
 
 def test_it_says_why_it_cannot_run() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from less_fast.errors import LessFastError, UnsupportedBackendError
 from less_fast.layout import Parameter
-from less_fast.ops import cpu, triton
+from less_fast.ops import cpu, cuda, triton
 from less_fast.ops.reference import accumulate_reference
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
@@ -19,21 +19,23 @@ Accumulate = Callable[[Tensor, Tensor, Parameter, int, Projection, Rule], None]
 
 
 class Backend(NamedTuple):
-    """``supports(features, grads, projection)`` answers None or a reason; ``run`` is the operation."""
+    """``supports(features, grads, projection, rule)`` answers None or a reason; ``run`` is the operation."""
 
-    supports: Callable[[Tensor, Tensor, Projection], str | None]
+    supports: Callable[[Tensor, Tensor, Projection, Rule], str | None]
     run: Accumulate
 
 
-# Fastest first: "auto" takes the first that supports the call.
+# "auto" takes the first that supports the call. Triton's kernels take every kind and shape; until both have been timed
+# on a GPU, those in CUDA C++ stand in where Triton is not installed, or are asked for by name.
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton.supports, triton.accumulate_triton),
+    "cuda": Backend(cuda.supports, cuda.accumulate_cuda),
     "cpu": Backend(cpu.supports, cpu.accumulate_cpu),
-    "reference": Backend(lambda features, grads, projection: None, accumulate_reference),
+    "reference": Backend(lambda features, grads, projection, rule: None, accumulate_reference),
 }
 
 
-def resolve(features: Tensor, grads: Tensor, projection: Projection, backend: str = "auto") -> str:
+def resolve(features: Tensor, grads: Tensor, projection: Projection, backend: str = "auto", rule: Rule = NONE) -> str:
     """The name of the backend that will run the call.
 
     Raises UnsupportedBackendError, with the reason, where an explicitly requested backend cannot.
@@ -41,11 +43,11 @@ def resolve(features: Tensor, grads: Tensor, projection: Projection, backend: st
     if backend != "auto":
         if backend not in BACKENDS:
             raise LessFastError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
-        reason = BACKENDS[backend].supports(features, grads, projection)
+        reason = BACKENDS[backend].supports(features, grads, projection, rule)
         if reason is not None:
             raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
         return backend
-    return next(name for name, entry in BACKENDS.items() if entry.supports(features, grads, projection) is None)
+    return next(name for name, entry in BACKENDS.items() if entry.supports(features, grads, projection, rule) is None)
 
 
 def accumulate(
@@ -63,7 +65,8 @@ def accumulate(
     Parameters
     ----------
     features : (N, K), rows contiguous; float32 for the fast backends, any floating dtype for the reference.
-    grads : (N, S, L): the gradients of N examples with the parameter's short side first; (S, L) contiguous.
+    grads : (N, S, L): the gradients of N examples with the parameter's short side first; (S, L) contiguous. Of any
+        floating dtype that the backend takes: ``cpu`` float32, backends on GPUs also float16 and bfloat16.
     run_base : number of the parameter's first run (``ParameterLayout.run_bases``); used by ``srht`` only.
     rule : the preconditioner; its tables are (S, L) on the gradients' device.
     backend : ``auto`` takes the fastest that supports the call.
@@ -86,7 +89,7 @@ def accumulate(
     if n == 0:
         return
     with torch.no_grad():
-        name = resolve(features, grads, projection, backend)
+        name = resolve(features, grads, projection, backend, rule)
         BACKENDS[name].run(features, grads, parameter, run_base, projection, rule)
 
 

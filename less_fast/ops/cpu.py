@@ -12,7 +12,7 @@ from torch import Tensor
 
 from less_fast.layout import Parameter
 from less_fast.ops.reference import global_index
-from less_fast.ops.rule import Rule
+from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
 
 # Bytes of the tile of +-1s or normals that a dense sketch generates at a time.
@@ -30,7 +30,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _cpu, _reason = _load()
 
 
-def supports(features: Tensor, grads: Tensor, projection: Projection) -> str | None:
+def supports(features: Tensor, grads: Tensor, projection: Projection, rule: Rule = NONE) -> str | None:
     """None where this backend can run the call, else the reason why not."""
     if _reason is not None:
         return _reason

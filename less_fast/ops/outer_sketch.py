@@ -1,4 +1,4 @@
-"""``outer_sketch``: from a Linear's input and output gradient to the sketch of each example's preconditioned gradient."""
+"""``outer_sketch``: from a Linear's input and output gradient to the sketch of each example's updated gradient."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _BUFFER = {"cpu": 1 << 22, "cuda": 1 << 26}
 class Target:
     """What one matrix's gradients are added to: ``lanes`` (W, N, K) float32, W >= ``lanes_needed``.
 
-    ``run_base``: number of the matrix's first run. ``signs``: its ``prepare``d table, or None to make it each time.
+    ``run_base``: number of the matrix's first run. ``prepared``: from :func:`prepare`, or None to make it each time.
     """
 
     lanes: Tensor
     run_base: int
     projection: Projection
     rule: Rule = NONE
-    signs: Tensor | None = None
+    prepared: fused.Prepared = None
 
 
 def outer_sketch(
@@ -85,7 +85,7 @@ def outer_sketches(
         written = []
         for target in targets:
             if backend in ("auto", "triton") and why_not_fused(target, left, right, parameter) is None:
-                place = parameter, target.run_base, target.projection, target.rule, target.signs
+                place = parameter, target.run_base, target.projection, target.rule, target.prepared
                 fused.outer_sketch_triton(target.lanes, left, right, segments, *place)
             else:
                 written.append(target)
@@ -116,7 +116,9 @@ def outer_sketch_reference(
 
 def why_not_fused(target: Target, left: Tensor, right: Tensor, parameter: Parameter) -> str | None:
     """None where the gradients of this call are never written to memory, else the reason why they are."""
-    reason = fused.refuses(left.device, parameter, target.projection) or fused.refuses_operands(left, right)
+    reason = fused.refuses(left.device, parameter, target.projection) or fused.refuses_call(
+        left, right, target.projection, target.rule, target.prepared
+    )
     if reason is None and target.lanes.shape[0] < fused.lanes(parameter, target.projection):
         return f"there are {target.lanes.shape[0]} lanes, fewer than lanes_needed says"
     return reason
@@ -133,12 +135,18 @@ def lanes_needed(
 
 
 def prepare(
-    parameter: Parameter, run_base: int, projection: Projection, device: torch.device, *, backend: str = "auto"
-) -> Tensor | None:
-    """The sign table of a matrix for ``Target.signs``, where the fused kernel will want it."""
+    parameter: Parameter,
+    run_base: int,
+    projection: Projection,
+    rule: Rule,
+    device: torch.device,
+    *,
+    backend: str = "auto",
+) -> fused.Prepared:
+    """``Target.prepared`` of a matrix, where the fused kernel will want it; waits for the device."""
     if backend not in ("auto", "triton") or fused.refuses(device, parameter, projection) is not None:
         return None
-    return fused.sign_table(parameter, run_base, projection, device)
+    return fused.prepare(parameter, run_base, projection, rule, device)
 
 
 def sum_lanes(lanes: Tensor) -> Tensor:

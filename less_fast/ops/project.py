@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from less_fast.errors import LessFastError
+from less_fast.errors import LessFastError, UnsupportedBackendError
 from less_fast.layout import ParameterLayout
-from less_fast.ops.accumulate import accumulate
+from less_fast.ops.accumulate import accumulate, resolve
 from less_fast.projection import Projection
 
-# Entries of a converted chunk (N x columns) where the input is not float32 and contiguous.
+# Entries of a converted chunk (N x columns) where no fast backend takes the input as it is.
 _CHUNK = 1 << 22
-# Columns of one kernel call: kernels number the entries of a matrix in 32 bits.
-_WIDEST = 1 << 30
+# Columns of one kernel call.
+_WIDEST = 1 << 36
 
 
 def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> Tensor:
@@ -21,7 +21,8 @@ def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> 
 
     Parameters
     ----------
-    grads : (N, P), any floating dtype and device. Read once, in chunks of columns; neither it nor Pi is copied whole.
+    grads : (N, P), any floating dtype and device. Neither it nor Pi is copied whole: kernels
+        read the dtypes they take in place, and what they do not is converted a chunk of columns at a time.
     projection : what to apply; the flat layout (S = 1, L = P) numbers the entries.
     backend : ``auto``, or one by name; ``reference`` also computes in float64.
 
@@ -45,19 +46,28 @@ def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> 
     if n == 0 or size == 0:
         return features
     width = min(size, _WIDEST // projection.block * projection.block)
-    if grads.dtype != dtype or grads.stride(1) != 1:
+    in_place = grads.stride(1) == 1 and (grads.dtype == dtype or _taken(features, grads, projection, backend))
+    if not in_place:
         block = projection.block
         width = max(1, _CHUNK // (n * block)) * block
     layout = ParameterLayout.flat(size)
     for start in range(0, size, width):
         stop = min(start + width, size)
-        chunk = grads[:, start:stop].to(dtype)
-        if chunk.stride(1) != 1:
-            chunk = chunk.contiguous()
+        chunk = grads[:, start:stop]
+        if not in_place:
+            chunk = chunk.to(dtype).contiguous()
         piece = layout.parameters[0].slice(start, stop)
         # A chunk starts at a whole run because its width is a multiple of the block.
         accumulate(features, chunk.unsqueeze(1), piece, start // projection.block, projection, backend=backend)
     return features
+
+
+def _taken(features: Tensor, grads: Tensor, projection: Projection, backend: str) -> bool:
+    """Whether a fast backend takes ``grads`` (N, P) in their own dtype."""
+    try:
+        return resolve(features, grads.unsqueeze(1), projection, backend) != "reference"
+    except UnsupportedBackendError:  # accumulate says why, should it not take the converted ones either
+        return False
 
 
 def check_identity(projection: Projection, size: int) -> None:

@@ -10,23 +10,28 @@ from torch import Tensor
 
 from less_fast.layout import Parameter
 from less_fast.ops.reference import accumulate_reference
-from less_fast.ops.rule import Rule
+from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of gradients
 
-def supports(features: Tensor, grads: Tensor, projection: Projection) -> str | None:
+
+def supports(features: Tensor, grads: Tensor, projection: Projection, rule: Rule = NONE) -> str | None:
     """None where this backend can run the call, else the reason why not."""
     for name, tensor in (("features", features), ("gradients", grads)):
         if tensor.device.type != "cuda":
             return f"{name} are on {tensor.device}, and this backend runs on CUDA devices"
-        if tensor.dtype != torch.float32:
-            return f"{name} are {tensor.dtype}, and this backend adds up in float32"
+    if features.dtype != torch.float32 or grads.dtype not in DTYPES:
+        return f"{features.dtype} features of {grads.dtype} gradients: it adds float32, float16 or bfloat16 to float32"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'less_fast[triton]'"
-    from less_fast.kernels.accumulate import MAX_BLOCK, MAX_ENTRIES
+    from less_fast.kernels.accumulate import MAX_ENTRIES, MAX_MATRIX_ENTRIES
+    from less_fast.kernels.srht import MAX_BLOCK
 
-    if grads[0].numel() > MAX_ENTRIES:
-        return f"a gradient has {grads[0].numel()} entries, and this backend numbers up to {MAX_ENTRIES}"
+    _, short, long = grads.shape
+    most = MAX_ENTRIES if short == 1 else MAX_MATRIX_ENTRIES
+    if short * long > most:
+        return f"a gradient ({short}, {long}) has more entries than the {most} that this backend numbers"
     if projection.kind == "srht" and projection.block > MAX_BLOCK:
         return f"block is {projection.block}, and this backend mixes runs of up to {MAX_BLOCK}"
     return None
@@ -35,12 +40,13 @@ def supports(features: Tensor, grads: Tensor, projection: Projection) -> str | N
 def accumulate_triton(
     features: Tensor, grads: Tensor, parameter: Parameter, run_base: int, projection: Projection, rule: Rule
 ) -> None:
-    """Features (N, K) += sketch of rule(grads): float32, rows of features contiguous, each example's (S, L) too."""
+    """Features (N, K) += sketch of rule(grads): rows of features float32, contiguous, and so each example's (S, L)."""
     if projection.kind == "identity":  # a copy: nothing to fuse
         accumulate_reference(features, grads, parameter, run_base, projection, rule)
         return
-    from less_fast.kernels import accumulate as kernels
+    from less_fast.kernels.dense import accumulate_dense
     from less_fast.kernels.sjlt import accumulate_sjlt
+    from less_fast.kernels.srht import accumulate_srht
 
     update: dict[str, Any] = {
         "mode": rule.code,
@@ -52,8 +58,8 @@ def accumulate_triton(
     }
     strides = parameter.offset, parameter.short_stride, parameter.long_stride
     if projection.kind == "srht":
-        kernels.accumulate_srht(features, grads, run_base, projection.block, projection.seed, **update)
+        accumulate_srht(features, grads, run_base, projection.block, projection.seed, **update)
     elif projection.kind == "sjlt":
         accumulate_sjlt(features, grads, *strides, projection.nnz, projection.seed, **update)
     else:
-        kernels.accumulate_dense(features, grads, *strides, projection.seed, projection.kind, **update)
+        accumulate_dense(features, grads, *strides, projection.seed, projection.kind, **update)

@@ -54,6 +54,11 @@ def interpreted_backend(features: Tensor, grads: Tensor, *where: Any) -> Tensor:
     return torch.from_numpy(written)
 
 
+def in_interpreter(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """The result of an importable function in the interpreter's process."""
+    return _worker().submit(function, *args, **settings).result()
+
+
 def _backend(features: np.ndarray, grads: np.ndarray, where: Sequence[Any]) -> np.ndarray:
     from less_fast.ops.triton import accumulate_triton
 
