@@ -1,4 +1,5 @@
 # `make demo` and `make test` need a Python (3.10 to 3.13) and, for the fast CPU path, a C++ compiler; nothing else.
+# nvcc on the PATH adds the CUDA module.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
