@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ class Checkpoint:
     learning_rate: float
 
 
-def discover_checkpoints(run_dir: str | Path) -> list[Checkpoint]:
+def discover_checkpoints(run_dir: str | Path, steps: Sequence[int] | None = None) -> list[Checkpoint]:
     """The checkpoints of a Trainer run in order of training, with their learning rates from ``trainer_state.json``.
 
-    A checkpoint's learning rate is the mean of those logged in the epoch it ends; in a run not saved by epochs, of
-    those logged since the checkpoint before it. Raises LessFastError for a folder without checkpoints, an unreadable
-    state and a run that logged no learning rate in such an interval.
+    ``steps``: those wanted, in the order wanted; not given: all. A checkpoint's learning rate is the mean of those
+    logged in the epoch it ends; in a run not saved by epochs, of those logged since the checkpoint before it, whether
+    that is wanted or not. Raises LessFastError for a folder without checkpoints, a step that is not there, an
+    unreadable state and a run that logged no learning rate in such an interval.
     """
     run_dir = Path(run_dir)
     found = checkpoint_folders(run_dir)
@@ -42,27 +44,35 @@ def discover_checkpoints(run_dir: str | Path) -> list[Checkpoint]:
         raise LessFastError(
             f"{run_dir}: no checkpoint found; expected folders named checkpoint-<step>, as the Trainer saves"
         )
-    checkpoints: list[Checkpoint] = []
-    for step, path in found:
-        state = read_state(path)
-        if state is None:
-            raise LessFastError(
-                f"{path}: {_STATE_NAME} is missing or cut off, so the checkpoint was not saved whole; remove the folder"
-            )
-        epoch = float(state["epoch"])
-        start = _interval_start(step, epoch, checkpoints[-1].step if checkpoints else 0)
-        rates = [
-            entry["learning_rate"]
-            for entry in state["log_history"]
-            if "learning_rate" in entry and start < entry["step"] <= step
-        ]
-        if not rates:
-            raise LessFastError(
-                f"{path / _STATE_NAME}: log_history has no learning_rate for steps {start + 1} to {step}, "
-                "so the checkpoint has no weight; give the weights yourself, or train with logging_steps=1"
-            )
-        checkpoints.append(Checkpoint(path, step, epoch, math.fsum(rates) / len(rates)))
-    return checkpoints
+    there = [step for step, _ in found]
+    wanted = there if steps is None else list(steps)
+    if absent := [step for step in wanted if step not in there]:
+        raise LessFastError(f"{run_dir}: has no checkpoint-{absent[0]}; there are {', '.join(map(str, there))}")
+    before = dict(zip(there, [0, *there]))
+    folders = dict(found)
+    return [_weighed(step, folders[step], before[step]) for step in wanted]
+
+
+def _weighed(step: int, path: Path, previous_step: int) -> Checkpoint:
+    """A checkpoint with its learning rate, from its own Trainer state."""
+    state = read_state(path)
+    if state is None:
+        raise LessFastError(
+            f"{path}: {_STATE_NAME} is missing or cut off, so the checkpoint was not saved whole; remove the folder"
+        )
+    epoch = float(state["epoch"])
+    start = _interval_start(step, epoch, previous_step)
+    rates = [
+        entry["learning_rate"]
+        for entry in state["log_history"]
+        if "learning_rate" in entry and start < entry["step"] <= step
+    ]
+    if not rates:
+        raise LessFastError(
+            f"{path / _STATE_NAME}: log_history has no learning_rate for steps {start + 1} to {step}, "
+            "so the checkpoint has no weight; give the weights yourself, or train with logging_steps=1"
+        )
+    return Checkpoint(path, step, epoch, math.fsum(rates) / len(rates))
 
 
 def _interval_start(step: int, epoch: float, previous_step: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from less_fast.data import Examples, encode_all, load_examples
+from less_fast.data import Encoded, Examples, encode_all, load_examples
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor, Output
 from less_fast.model.budget import auto_token_budget
@@ -122,6 +122,10 @@ def extract_many(
         },
         "versions": {name: version(name) for name in ("less_fast", "torch", "transformers")},
     }
+
+    def encode(window: range) -> list[Encoded]:
+        return encode_all([examples[i] for i in window], tokenizer, template, max_length)
+
     rows = Rows(examples.ids, examples.datasets, examples.subtasks)
     with ExitStack() as stack:
         writers = [
@@ -145,7 +149,7 @@ def extract_many(
         ]
         if compile_model:
             stack.enter_context(compiled(model, extractor.sites))
-        ShardJob(extractor, examples, tokenizer, template, max_length, budget).run(writers, progress)
+        ShardJob(extractor, len(examples), encode, budget).run(writers, progress)
         stores = {path: writer.close() for path, writer in zip(outputs, writers)}
     _report(next(iter(stores.values())))
     return stores

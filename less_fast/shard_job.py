@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from less_fast.data import Encoded, Examples, collate, encode_all, plan_batches
+from less_fast.data import Encoded, collate, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor
 from less_fast.model.budget import is_out_of_memory
@@ -34,31 +34,25 @@ _Made = TypeVar("_Made")
 
 
 class ShardJob:
-    """Computes the pending shards of several stores; holds the token budget, which only ever falls."""
+    """Computes the pending shards of several stores; holds the token budget, which only ever falls.
+
+    ``encode``: the tokens of consecutive examples; called in a thread of its own. Padding is token 0: it is neither
+    attended to nor in the loss.
+    """
 
     def __init__(
-        self,
-        extractor: MultiFeatureExtractor,
-        examples: Examples,
-        tokenizer: Any,
-        template: str,
-        max_length: int,
-        budget: int,
+        self, extractor: MultiFeatureExtractor, n_examples: int, encode: Callable[[range], list[Encoded]], budget: int
     ) -> None:
         self.extractor = extractor
-        self.examples = examples
-        self.tokenizer = tokenizer
-        self.template = template
-        self.max_length = max_length
+        self.n_examples = n_examples
+        self.encode = encode
         self.budget = budget
-        pad = tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None else (tokenizer.eos_token_id or 0)
 
     def run(self, writers: Sequence[StoreWriter], progress: bool) -> None:
         """Write what the stores, all of the same examples, still miss."""
         missing = [set(writer.pending()) for writer in writers]
         pending = sorted(set().union(*missing))
-        total, bounds = len(self.examples), {shard: writers[0].bounds(shard) for shard in pending}
+        total, bounds = self.n_examples, {shard: writers[0].bounds(shard) for shard in pending}
         todo = sum(stop - start for start, stop in bounds.values())
         # A shard's bits depend on its budget, which is the smallest that the shards before it needed, whether this
         # call made them or one that was interrupted.
@@ -88,7 +82,7 @@ class ShardJob:
 
     def _encoded(self, window: tuple[int, range]) -> tuple[int, list[Encoded]]:
         shard, rows = window
-        return shard, encode_all([self.examples[i] for i in rows], self.tokenizer, self.template, self.max_length)
+        return shard, self.encode(rows)
 
     def _features(
         self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter
@@ -132,7 +126,7 @@ class ShardJob:
             meter.update(len(batch), sum(lengths[i] for i in batch))
 
         def collated(batch: list[int]) -> tuple[list[int], dict[str, Tensor]]:
-            return batch, collate([encoded[i] for i in batch], self.pad_id)
+            return batch, collate([encoded[i] for i in batch], pad_id=0)
 
         batches = plan_batches(lengths, self.budget, packed=self.extractor.batches.packed)
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()

@@ -218,7 +218,7 @@ def test_the_steps_by_hand_make_what_run_makes(inputs: Path, finished: Path, tmp
     result = less_fast(
         "score", *stores, "--weights-from", finished / "warmup", "--out", tmp_path / "scores.csv", "--json"
     )
-    assert json.loads(result.stdout)["subtasks"] == ["odd", "even"]
+    assert json.loads(result.stdout)["subtasks"] == ["odd", "even"] and "learning rate" in result.stderr
     result = less_fast(
         *("select", "--scores", tmp_path / "scores.csv", "--data", inputs / "pool.jsonl", "--fraction", "0.2"),
         *("--out", tmp_path / "best" / "sums.jsonl", "--json"),

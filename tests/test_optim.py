@@ -13,7 +13,6 @@ from torch import nn
 from less_fast.errors import LessFastError
 from less_fast.layout import ParameterLayout
 from less_fast.optim.adam import AdamState, precondition_rules
-from less_fast.optim.checkpoint import _grouped
 
 
 def trained(tmp_path: Path, *, weight_decay: float = 0.0, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
@@ -94,17 +93,6 @@ def test_states_of_whole_models_follow_the_two_weight_decay_groups(tmp_path: Pat
         assert torch.equal(state.moments[name].v, optimizer.state[parameter]["exp_avg_sq"]), name
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_the_two_groups_are_those_of_the_trainer(architecture: str) -> None:
-    from transformers import Trainer
-
-    model = causal_lm(architecture)
-    parameters = dict(model.named_parameters())
-    decayed = [name for name in parameters if name in Trainer.get_decay_parameter_names(None, model)]
-    plain = [name for name in parameters if name not in decayed]
-    assert _grouped(parameters, [len(decayed), len(plain)]) == decayed + plain
-
-
 def test_an_adapter_of_the_same_shapes_on_other_layers_is_refused(tmp_path: Path) -> None:
     model, _ = trained(tmp_path, model=adapted(causal_lm(), target_modules=["q_proj", "k_proj"]))
     model.save_pretrained(tmp_path)
@@ -155,13 +143,13 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, word",
     [
-        ({"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": []}, "exp_avg"),
+        ({"state": {0: {"moment": torch.zeros(2)}}, "param_groups": []}, "expected Adam's exp_avg"),
         ({"state": {}}, "empty"),
         ({"state": {0: {}, "a": {}}}, "mixture"),
         ([1, 2], "key 'state'"),
-        ({"state": {"a": {"exp_avg": torch.full((2, 2), torch.nan), "exp_avg_sq": torch.zeros(2, 2)}}}, "finite"),
-        ({"state": {"a": {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": -torch.ones(2, 2)}}}, "negative"),
-        ({"state": {"a": {"exp_avg": torch.zeros(2, dtype=torch.uint8), "exp_avg_sq": torch.zeros(2)}}}, "uint8"),
+        ({"state": {"weight": {"exp_avg": torch.full((2, 2), torch.nan), "exp_avg_sq": torch.zeros(2, 2)}}}, "finite"),
+        ({"state": {"weight": {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": -torch.ones(2, 2)}}}, "negative"),
+        ({"state": {"weight": {"exp_avg": torch.zeros(2, dtype=torch.uint8), "exp_avg_sq": torch.zeros(2)}}}, "uint8"),
     ],
 )
 def test_files_that_are_no_adam_state_are_refused(tmp_path: Path, content: object, word: str) -> None:

@@ -302,3 +302,13 @@ def test_composition() -> None:
     assert [s.selected_share for s in table] == [2 / 3, 1 / 3, 0.0]
     assert [s.selected_share for s in composition(datasets, [])] == [0.0] * 3
     assert composition([], []) == []
+
+
+def test_features_of_another_programs_matrix_are_not_compared(tmp_path: Path) -> None:
+    """Converted features carry the fact ``projector``: their kind and seed alone would look like ours."""
+    rows = np.ones((3, 8), np.float32)
+    ours = make_store(tmp_path / "ours", rows)
+    theirs = make_store(tmp_path / "theirs", rows, projector={"name": "fast_jl", "multiprocessors": 108})
+    influence(theirs, make_store(tmp_path / "same", rows, projector={"name": "fast_jl", "multiprocessors": 108}))
+    with pytest.raises(LessFastError, match="projector"):
+        influence(ours, theirs)

@@ -43,12 +43,15 @@ def _score(
         raise LessFastError(f"{out}: expected a name that ends in .parquet or .csv")
     with only_results_on_stdout():
         from less_fast.checkpoints import discover_checkpoints
+        from less_fast.report import checkpoint_table
         from less_fast.scoring import influence, write_scores
         from less_fast.store import FeatureStore
 
         given = numbers(weights, "--weights")
         if weights_from:
-            given = [checkpoint.learning_rate for checkpoint in discover_checkpoints(weights_from)]
+            found = discover_checkpoints(weights_from)
+            given = [checkpoint.learning_rate for checkpoint in found]
+            print(checkpoint_table(found, [rate / sum(given) for rate in given]))
         stores, targets = [FeatureStore(path) for path in train], [FeatureStore(path) for path in target]
         for store in [*stores, *targets] if verify else []:
             store.require_intact()

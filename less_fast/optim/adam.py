@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from less_fast.errors import LessFastError
 from less_fast.layout import Parameter, ParameterLayout
 from less_fast.ops.rule import NONE, Rule
-from less_fast.optim.checkpoint import Moments, clean_name, read_moments
+from less_fast.optim.checkpoint import read_moments
+from less_fast.optim.moments import Moments, clean_name
 
 RULES = ("less", "torch")
 
@@ -57,26 +58,38 @@ class AdamState:
         beta2: float | None = None,
         eps: float | None = None,
     ) -> AdamState:
-        """Read ``optimizer.pt`` or ``optimizer.bin`` (``path``: the file, or the checkpoint's folder).
+        """Read the optimizer state of a checkpoint (``path``: its folder, or the file or folder of the state itself).
+
+        Read are ``optimizer.pt`` of the Trainer, ``optimizer.bin`` of FSDP, torch.distributed.checkpoint folders,
+        DeepSpeed's ``global_step*``, each of torch's, Apex's or DeepSpeed's Adam, and bitsandbytes' in 8 or 32 bits.
+        No code in a file is run. Files are mapped where they can be, and only the model's parameters kept in memory.
 
         Parameters
         ----------
         model : the model that was trained; integer-keyed states are aligned with its parameters by order and shape.
         rule : ``less`` or ``torch``.
         beta1, beta2, eps : None takes LESS's constants 0.9, 0.999, 1e-8 for rule ``less``, and the values saved in
-            the state for rule ``torch``.
+            the state for rule ``torch``, for which groups of different values need one given here.
 
         Raises
         ------
         LessFastError
-            naming the parameter, where the state does not fit the model or is no Adam state.
+            naming file and parameter, where the state is not whole, does not fit the model, can be aligned with it in
+            several ways, or is no Adam state.
         """
         moments, saved = read_moments(Path(path), model)
-        constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-        if rule == "torch":
-            constants.update(saved)
         given = {"beta1": beta1, "beta2": beta2, "eps": eps}
-        constants.update({name: value for name, value in given.items() if value is not None})
+        constants = {name: value for name, value in given.items() if value is not None}
+        for name, default in (("beta1", 0.9), ("beta2", 0.999), ("eps", 1e-8)):
+            if name in constants:
+                continue
+            if rule == "torch" and len(saved[name]) != 1:
+                found = f"several values of {name} ({', '.join(map(str, sorted(saved[name])))})"
+                raise LessFastError(
+                    f"{path}: the optimizer state has {found if saved[name] else f'no {name}'}; rule 'torch' needs "
+                    f"one; give {name}="
+                )
+            constants[name] = min(saved[name]) if rule == "torch" else default
         return cls(moments, rule, source=str(path), **constants)
 
     def rules(self, layout: ParameterLayout, device: torch.device) -> list[Rule]:

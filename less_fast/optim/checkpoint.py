@@ -1,173 +1,164 @@
-"""Read Adam's moments from the optimizer files that trainers write, aligned with a model by name and shape."""
+"""Find the optimizer state of a checkpoint, whichever trainer wrote it, and read Adam's moments by parameter name."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from less_fast.errors import LessFastError
+from less_fast.optim.align import align
+from less_fast.optim.deepspeed import SHARDS, is_deepspeed, read_deepspeed
+from less_fast.optim.distributed import METADATA, read_distributed
+from less_fast.optim.inert import unreadable
+from less_fast.optim.moments import Moments, SavedState, clean_name, constants, make_moments
+from less_fast.optim.others import refuse_others
 
-FILES = ("optimizer.pt", "optimizer.bin")
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+_FILES = ("optimizer.pt", "optimizer.bin")
+_FORMATS = (
+    "optimizer.pt (Trainer), optimizer.bin (FSDP), optimizer_0/.metadata (distributed checkpoint) or global_step* "
+    "(DeepSpeed)"
+)
 
 
-class Moments(NamedTuple):
-    """First and second moment, in the parameter's shape, and the number of steps taken (None: the file has none)."""
+def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict[str, set[float]]]:
+    """Moments of the model's parameters by name, and the values of beta1, beta2 and eps in the state's groups."""
+    shapes = {clean_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    saved = _read(path, shapes.__contains__)
+    refuse_others(saved)
+    named = _by_name(saved, model)
+    _check_adapter(saved, named)
+    kept = {name: entry for name, entry in named.items() if name in shapes}
+    if not kept:
+        raise LessFastError(
+            f"{saved.source}: none of the state's parameters ({next(iter(named), 'it has none')} is the first) is in "
+            f"the model ({next(iter(shapes), 'it has none')}); load the model and adapter that it was saved with"
+        )
+    moments = {name: make_moments(saved.source, name, entry, copy=saved.mapped) for name, entry in kept.items()}
+    for name, of_name in moments.items():
+        if of_name.m.shape != shapes[name]:
+            raise LessFastError(
+                f"{saved.source}: the moments of {name} have shape {tuple(of_name.m.shape)}, the parameter "
+                f"{tuple(shapes[name])}; expected the same; load the model and adapter that it was saved with"
+            )
+    return moments, constants(saved.groups)
 
-    m: Tensor
-    v: Tensor
-    step: int | None
 
-
-def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict[str, float]]:
-    """Moments by parameter name, and the beta1, beta2 and eps that the file holds (empty where it holds none)."""
-    file = _find(path)
-    content = _load(file)
-    state, groups = content["state"], content.get("param_groups") or []
-    steps = {key: group["step"] for group in groups if "step" in group for key in group["params"]}
-    if not state:
-        raise LessFastError(f"{file}: the optimizer state is empty; was the checkpoint saved before the first step?")
-    if all(isinstance(key, str) for key in state):
-        named = {clean_name(key): {"step": steps.get(key), **entry} for key, entry in state.items()}
-        if len(named) != len(state):
-            raise LessFastError(f"{file}: several entries mean the same parameter once wrappers' prefixes are dropped")
-    elif all(isinstance(key, int) for key in state):
-        names = _align(file, state, groups, model)
-        named = {name: {"step": steps.get(key), **state[key]} for key, name in names.items() if key in state}
-    else:
-        raise LessFastError(f"{file}: expected all integer or all string keys in the optimizer state; found a mixture")
-    _check_adapter(file, named)
-    moments = {name: _moments(file, name, entry) for name, entry in named.items()}
-    saved: dict[str, float] = {}
-    if groups and "betas" in groups[0]:
-        saved = {"beta1": float(groups[0]["betas"][0]), "beta2": float(groups[0]["betas"][1])}
-        saved["eps"] = float(groups[0].get("eps", 1e-8))
-    return moments, saved
+def _read(path: Path, wanted: Callable[[str], bool]) -> SavedState:
+    place = _find(path)
+    if place.is_file():
+        return _read_file(place)
+    return read_distributed(place, wanted) if (place / METADATA).is_file() else read_deepspeed(place, wanted)
 
 
 def _find(path: Path) -> Path:
+    """The file, or the folder of files, that holds the state: ``path`` itself or something in it."""
     if path.is_file():
-        return path
+        in_parts = path.name == METADATA or path.suffix == ".distcp" or path.match(SHARDS)
+        return path.parent if in_parts else path
     if not path.is_dir():
-        raise LessFastError(f"{path}: no such file or folder; expected a checkpoint with {' or '.join(FILES)}")
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    raise LessFastError(
-        f"{path}: no {' or '.join(FILES)} there; save checkpoints with their optimizer (save_only_model must be off)"
+        raise LessFastError(f"{path}: no such file or folder; expected a checkpoint with {_FORMATS}; check the path")
+    if (path / METADATA).is_file() or is_deepspeed(path):
+        return path
+    found = [path / name for name in _FILES if (path / name).is_file()]
+    found += sorted(file.parent for file in path.glob(f"optim*/{METADATA}"))
+    found += _deepspeed_folders(path)
+    if len(found) > 1:
+        raise LessFastError(
+            f"{path}: holds several optimizer states ({', '.join(place.name for place in found)}); expected one; name "
+            "the one to read"
+        )
+    if not found:
+        raise LessFastError(f"{path}: {_why_none(path)}")
+    return found[0]
+
+
+def _deepspeed_folders(path: Path) -> list[Path]:
+    """The one that DeepSpeed's file ``latest`` names; without that file, all."""
+    latest = path / "latest"
+    if latest.is_file() and is_deepspeed(path / latest.read_text().strip()):
+        return [path / latest.read_text().strip()]
+    return sorted(folder for folder in path.glob("global_step*") if is_deepspeed(folder))
+
+
+def _why_none(path: Path) -> str:
+    if per_process := sorted([*path.glob("optimizer_*_rank*.bin"), *path.glob("rank*-of-*-optimizer.pt")]):
+        return (
+            f"the optimizer is saved as one file per process ({per_process[0].name}), which is not read; expected a "
+            "distributed checkpoint (use_dcp=True) or a full state"
+        )
+    if (path / "zero").is_dir():
+        return (
+            "is a universal checkpoint of DeepSpeed, which is not read; name the global_step* folder it was made from"
+        )
+    return (
+        f"no {' or '.join(_FILES)} there, nor another optimizer state; expected {_FORMATS}; save checkpoints with "
+        "their optimizer (save_only_model must be off)"
     )
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def _read_file(file: Path) -> SavedState:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped from disk where the format allows it, so that only what the model needs is ever in memory.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LessFastError(f"{file}: not a readable optimizer file ({reason})") from error
+        raise unreadable(file, error) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("state"), Mapping):
         raise LessFastError(f"{file}: expected a dictionary with the key 'state', as torch optimizers save it")
-    return content
+    return SavedState(file, file.parent, content["state"], content.get("param_groups") or [], mapped=True)
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name without the path components that wrappers (DDP, FSDP, torch.compile) put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _by_name(saved: SavedState, model: nn.Module) -> dict[str, Any]:
+    """Entries by clean parameter name, each with its group's step where it has none of its own."""
+    state: Mapping[Any, Any] = saved.state
+    if not state:
+        raise LessFastError(
+            f"{saved.source}: the optimizer state is empty or of none of the model's parameters; was it saved before "
+            "the first step, or with another model?"
+        )
+    steps = {key: group["step"] for group in saved.groups if "step" in group for key in group.get("params", ())}
+    if all(isinstance(key, int) for key in state):
+        names = {key: name for key, name in align(saved, model).items() if key in state}
+    elif all(isinstance(key, str) for key in state):
+        names = {key: clean_name(key) for key in state}
+        if len(set(names.values())) != len(state):
+            raise LessFastError(
+                f"{saved.source}: several entries mean the same parameter once wrappers' prefixes are dropped; "
+                "expected one each; save the state of one model"
+            )
+    else:
+        raise LessFastError(
+            f"{saved.source}: expected all integer or all string keys in the optimizer state; found a mixture"
+        )
+    return {
+        name: {"step": steps.get(key), **state[key]} if isinstance(state[key], Mapping) else state[key]
+        for key, name in names.items()
+    }
 
 
-def _check_adapter(file: Path, named: Mapping[str, Any]) -> None:
+def _check_adapter(saved: SavedState, named: Mapping[str, Any]) -> None:
     """Where the adapter lies beside the optimizer, its weights must be the parameters that were trained.
 
     Integer-keyed states carry no names: with shapes alone, an adapter on q and k would pass for one on q and v.
     """
-    adapter = file.parent / "adapter_model.safetensors"
+    adapter = saved.folder / "adapter_model.safetensors"
     if not adapter.exists():
         return
     from safetensors import safe_open
 
     with safe_open(adapter, framework="numpy") as tensors:
-        saved = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  (not a dictionary)
+        weights = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  (not a dictionary)
     trained = {re.sub(r"(\.lora_[AB])\.[^.]+(\.weight)$", r"\1\2", name) for name in named if ".lora_" in name}
-    if trained and (different := sorted(saved ^ trained)):
+    if trained and (different := sorted(weights ^ trained)):
         name = different[0]
-        where = "the saved adapter" if name in saved else "the model"
+        where = "the saved adapter" if name in weights else "the model"
         raise LessFastError(
-            f"{file}: the optimizer's checkpoint and the model have different adapters: {name} is only in {where}"
+            f"{saved.source}: the optimizer's checkpoint and the model have different adapters: {name} is only in "
+            f"{where}; load the adapter of this checkpoint"
         )
-
-
-def _moments(file: Path, name: str, entry: Mapping[str, Any]) -> Moments:
-    if not isinstance(entry, Mapping) or "exp_avg" not in entry or "exp_avg_sq" not in entry:
-        keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise LessFastError(f"{file}: the state of {name} has {keys}; expected Adam's exp_avg and exp_avg_sq")
-    m, v = entry["exp_avg"], entry["exp_avg_sq"]
-    if not (m.is_floating_point() and v.is_floating_point()) or m.shape != v.shape:
-        raise LessFastError(
-            f"{file}: the moments of {name} are {m.dtype} {tuple(m.shape)} and {v.dtype} {tuple(v.shape)}; "
-            "expected two floating-point tensors of one shape"
-        )
-    if not (torch.isfinite(m).all() and torch.isfinite(v).all()) or bool((v < 0).any()):
-        raise LessFastError(f"{file}: the moments of {name} are not finite or the second is negative")
-    step = entry.get("step")
-    return Moments(m.float(), v.float(), None if step is None else int(step))
-
-
-def _align(
-    file: Path, state: Mapping[int, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module
-) -> dict[int, str]:
-    """Integer keys -> names. Optimizers number their parameters group by group, in the order they were given."""
-    sizes = [len(group["params"]) for group in groups] or [len(state)]
-    keys = [key for group in groups for key in group["params"]] or sorted(state)
-    if all("param_names" in group for group in groups) and groups:
-        return dict(zip(keys, (clean_name(name) for group in groups for name in group["param_names"])))
-    best: str | None = None
-    for candidates in _candidates(model):
-        names = _grouped(candidates, sizes)
-        if names is None:
-            best = best or (
-                f"its groups have {', '.join(map(str, sizes))} parameters, the model trains {len(candidates)} "
-                f"(the first is {next(iter(candidates))}) in one group, or two by weight decay"
-            )
-            continue
-        wrong = _first_mismatch(keys, names, state, candidates)
-        if wrong is None:
-            return dict(zip(keys, names))
-        best = wrong
-    raise LessFastError(f"{file}: the optimizer state does not fit the model: {best}")
-
-
-def _candidates(model: nn.Module) -> list[dict[str, nn.Parameter]]:
-    """What may have been trained, most likely first: the adapter, what requires a gradient now, everything."""
-    every = {clean_name(name): parameter for name, parameter in model.named_parameters()}
-    adapter = {name: p for name, p in every.items() if "lora_" in name or "modules_to_save" in name}
-    trainable = {name: p for name, p in every.items() if p.requires_grad}
-    return [candidate for candidate in (adapter, trainable, every) if candidate]
-
-
-def _grouped(parameters: Mapping[str, Tensor], sizes: Sequence[int]) -> list[str] | None:
-    """Names in the optimizer's order: weight-decayed parameters first where there are two groups."""
-    names = list(parameters)
-    if sum(sizes) != len(names):
-        return None
-    filled = [size for size in sizes if size]
-    if len(filled) == 1:
-        return names
-    plain = [name for name in names if parameters[name].ndim < 2 or name.endswith("bias") or "norm" in name.lower()]
-    decayed = [name for name in names if name not in set(plain)]
-    return decayed + plain if filled == [len(decayed), len(plain)] else None
-
-
-def _first_mismatch(
-    keys: Sequence[int], names: Sequence[str], state: Mapping[int, Any], parameters: Mapping[str, Tensor]
-) -> str | None:
-    for key, name in zip(keys, names):
-        entry = state.get(key)
-        moment = entry.get("exp_avg") if isinstance(entry, Mapping) else None
-        if isinstance(moment, Tensor) and moment.shape != parameters[name].shape:
-            return f"its entry {key} has shape {tuple(moment.shape)}, but {name} is {tuple(parameters[name].shape)}"
-    return None

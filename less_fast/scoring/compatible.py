@@ -20,6 +20,10 @@ def check_pair(train: FeatureStore, target: FeatureStore) -> None:
         raise _differ(train, target, "projection", train.projection, target.projection)
     if train.dim != target.dim:
         raise _differ(train, target, "dim", train.dim, target.dim)
+    # Features of another program: +-1s too, but not these.
+    ours, theirs = (store.facts.get("projector", "less_fast") for store in (train, target))
+    if ours != theirs:
+        raise _differ(train, target, "projector", ours, theirs)
     for name, ours, theirs in _shared_facts(train, target, "layout_hash"):
         layouts = train.facts.get("layout", []), target.facts.get("layout", [])
         differing = next((pair for pair in zip_longest(*layouts) if pair[0] != pair[1]), None)
