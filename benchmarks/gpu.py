@@ -98,7 +98,7 @@ def run_stage(session: Any, stage: str, options: argparse.Namespace, alone: bool
         if stage in _WHOLE and not session.fits(stage, expected):
             return
         if stage == "tests":
-            module.run(session, share=1.0 if alone else 0.4, sanitize=options.sanitize)
+            module.run(session, share=1.0 if alone else 0.45, sanitize=options.sanitize)
         else:
             module.run(session)
         session.note("done", stage, took=f"{time.monotonic() - started:.0f} s", estimate_s=expected)

@@ -136,7 +136,7 @@ def make_batches(
 ) -> list[dict[str, Tensor]]:
     """Length-sorted batches of random tokens on the host, under the budget that extraction chooses itself."""
     generator = torch.Generator().manual_seed(3)
-    budget = min(64 if session.tiny else 8192, auto_token_budget(model, find_sites(model)[0], session.device, LONGEST))
+    budget = 64 if session.tiny else auto_token_budget(model, find_sites(model)[0], session.device, LONGEST)
     encoded = []
     for length in lengths.values:
         ids = torch.randint(shape.vocabulary, (length,), generator=generator).tolist()

@@ -31,6 +31,9 @@ from less_fast.segments import Segments
 SETS = 8
 TOKENS = 4096  # padded tokens of the batch, about 11 examples
 
+# Of float64 products of the very operands. Updates cut to two bfloat16 parts are off by 2e-6, to one by 2e-3.
+TOLERANCE = 5e-5
+
 
 @dataclass(frozen=True)
 class Case:
@@ -128,7 +131,7 @@ def _measure(session: Session, case: Case, lengths: Sequence[int], projection: P
     for name, call in (("less_fast", fused), ("gradients written out", written)):
         found = torch.zeros_like(lanes)
         call(0, found)
-        errors[name] = must_agree(f"{case}, {name}", sum_lanes(found), exact[0])
+        errors[name] = must_agree(f"{case}, {name}", sum_lanes(found), exact[0], TOLERANCE)
     again = torch.zeros_like(lanes)
     fused(0, again)
     first = torch.zeros_like(lanes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bare import bare
+from bare import PADDED, bare
 from common import random_adam_state
 from gpu_models import (
     LLAMA_1B,
@@ -31,6 +31,7 @@ from less_fast.model.packed import Layout, Packing
 from less_fast.projection import Projection
 
 BAR = 1.05
+OWN_ATTENTION = "bare, the model's own attention"
 # Examples of a pass: of the mean length, short ones, long ones.
 COUNTS = {LLAMA_7B.name: (32, 192, 6), LLAMA_1B.name: (48, 288, 8), QWEN_HALF_B.name: (48, 288, 8)}
 MODELS = [(LLAMA_7B, 128), (LLAMA_1B, 64), (QWEN_HALF_B, 64), (LLAMA_1B, 16), (QWEN_HALF_B, 16)]
@@ -84,7 +85,8 @@ def estimate(session: Session) -> float:
     seconds = 0.0
     for shape, _ in MODELS:
         cases = distributions(session, shape)
-        seconds += build_seconds(shape) + sum(_case_seconds(session, shape, case) for case in [*cases, cases[0]])
+        times = [_case_seconds(session, shape, case, 2 + _twice_bare(shape, case is cases[0])) for case in cases]
+        seconds += build_seconds(shape) + sum(times) + _case_seconds(session, shape, cases[0], 2)
     return seconds
 
 
@@ -93,10 +95,15 @@ def build_seconds(shape: Shape) -> float:
     return 8.0 + shape.weights * 1e-9
 
 
-def _case_seconds(session: Session, shape: Shape, lengths: Lengths) -> float:
-    # Two variants, each run repeats + 1 times; one batch's launches take about 50 ms.
+def _twice_bare(shape: Shape, first: bool) -> bool:
+    """Whether the model's own attention is timed too: of the largest model's most telling case."""
+    return first and shape in (LLAMA_7B, TINY)
+
+
+def _case_seconds(session: Session, shape: Shape, lengths: Lengths, variants: int) -> float:
+    # Each is run repeats + 1 times; one batch's launches take about 50 ms.
     batches = 1 + lengths.tokens // 6000
-    return 0.0 if session.tiny else (session.repeats + 1) * 2 * (shape.seconds(lengths.tokens) + 0.05 * batches)
+    return 0.0 if session.tiny else (session.repeats + 1) * variants * (shape.seconds(lengths.tokens) + 0.05 * batches)
 
 
 def run(session: Session) -> None:
@@ -104,7 +111,7 @@ def run(session: Session) -> None:
     for shape, rank in TINY_MODELS if session.tiny else MODELS:
         name = f"overhead {shape.name} r={rank}"
         cases = distributions(session, shape)
-        first = 0.0 if session.tiny else build_seconds(shape) + _case_seconds(session, shape, cases[0])
+        first = 0.0 if session.tiny else build_seconds(shape) + _case_seconds(session, shape, cases[0], 3)
         if session.fits(name, first):
             with session.attempt(name):
                 _measure_model(session, make_setup(session, shape, rank), cases)
@@ -113,7 +120,8 @@ def run(session: Session) -> None:
 
 def _measure_model(session: Session, setup: Setup, cases: list[Lengths]) -> None:
     for lengths in cases:
-        _measure_case(session, setup, lengths, checked=lengths is cases[0])
+        first = lengths is cases[0]
+        _measure_case(session, setup, lengths, checked=first, own_attention=_twice_bare(setup.shape, first))
     # The other layout: padded where the first is packed; packed, where that is possible at all, to try a CPU run out.
     other: Packing = "never" if session.cuda else "always"
     with session.attempt(f"overhead {setup.name}, the other layout"):
@@ -122,13 +130,16 @@ def _measure_model(session: Session, setup: Setup, cases: list[Lengths]) -> None
             _measure_case(session, again, cases[0], checked=True)
 
 
-def _measure_case(session: Session, setup: Setup, lengths: Lengths, checked: bool) -> None:
+def _measure_case(
+    session: Session, setup: Setup, lengths: Lengths, *, checked: bool, own_attention: bool = False
+) -> None:
     name = f"{setup.name}, {len(lengths.values)} x {lengths.name}, {setup.extractor.batches.name}"
-    if session.fits(f"overhead {name}", _case_seconds(session, setup.shape, lengths)):
+    seconds = _case_seconds(session, setup.shape, lengths, variants=2 + own_attention)
+    if session.fits(f"overhead {name}", seconds):
         with session.attempt(f"overhead {name}"):
             batches = make_batches(session, setup.shape, setup.model, lengths, setup.extractor.batches)
             error = check(setup, batches[0], features=checked)
-            session.write("overhead", _measure(session, setup, name, lengths, batches, error))
+            session.write("overhead", _measure(session, setup, name, lengths, batches, error, own_attention))
     session.release()
 
 
@@ -145,11 +156,15 @@ def _measure(
     lengths: Lengths,
     batches: list[dict[str, Tensor]],
     error: float | None,
+    own_attention: bool,
 ) -> list[dict[str, Any]]:
     variants = {
         "bare": lambda i: run_bare(setup.model, batches, setup.extractor.batches),
         "less_fast": lambda i: [setup.extractor(batch) for batch in batches],
     }
+    if own_attention:
+        # What a user would write: padded, transformers' own attention, whatever order its backward pass adds up in.
+        variants[OWN_ATTENTION] = lambda i: run_bare(setup.model, batches, PADDED)
     seconds = session.interleaved(variants, calls=1)
     work = setup.shape.work(lengths.tokens, label_count(batches), len(batches))
     ratio = median_ratio(seconds, "less_fast", "bare")
@@ -162,7 +177,8 @@ def _measure(
             dtype=setup.dtype,
             work=work,
             baseline="bare",
-            ratio_to_baseline=1.0 if variant == "bare" else ratio,
+            ratio_to_baseline=median_ratio(seconds, variant, "bare"),
+            ratio_to_own_attention=median_ratio(seconds, variant, OWN_ATTENTION) if own_attention else None,
             bar=Bar("of the bare pass", ratio, BAR) if variant == "less_fast" else None,
             examples=len(lengths.values),
             tokens=lengths.tokens,

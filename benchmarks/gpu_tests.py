@@ -25,7 +25,7 @@ _PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; 
 # A test that a missing package keeps from being read must not keep the others from running.
 _OPTIONS = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _TINY_TESTS = ("tests/test_triton_backend.py",)
-_WORKERS = 4  # compiling kernels is the host's work
+_WORKERS = 8  # compiling kernels is the host's work
 _TAIL = 40
 COUNTS = ("passed", "failed", "errors", "skipped", "unreadable")
 _OURS = ("less_fast", "support")
@@ -51,7 +51,7 @@ class Outcome:
 
 def estimate(session: Session) -> float:
     """Compiling every kernel for the device is most of it."""
-    return 0.0 if session.tiny else 60.0
+    return 0.0 if session.tiny else 85.0
 
 
 def run(session: Session, *, share: float, sanitize: str | None) -> None:

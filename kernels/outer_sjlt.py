@@ -8,6 +8,7 @@ Adam's from its tables, the raw gradient's from the largest operands of the exam
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -36,6 +37,15 @@ def config(short: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(rows, 32, 1, 4 if rows == 16 else 8, 2)
     return Tile(rows, 64, 1, 4, 3)
+
+
+def constants(short: int, dtype: torch.dtype, nnz: int, mode: int, tile: Tile) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    product = "tf32x3" if dtype == torch.float32 else "tf32"
+    return {
+        "N_SHORT": short, "MODE": mode, "NNZ": nnz, "ROWS": tile.rows, "TOKENS": tile.tokens, "BLOCK": BLOCK,
+        "PRODUCT": product,
+    }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -144,8 +154,7 @@ def outer_sjlt(
             left, right, a, b, largest, bad, sums, starts, lengths,
             n, right.stride(0), long, dim, bits, short_stride, long_stride,
             *split_words(j_base), *split_words(seed), alpha, gamma, e, 1.0,
-            N_SHORT=short, MODE=mode_of(mode, e), NNZ=nnz, ROWS=tile.rows, TOKENS=tile.tokens, BLOCK=BLOCK,
-            PRODUCT="tf32x3" if left.dtype == torch.float32 else "tf32",
+            **constants(short, left.dtype, nnz, mode_of(mode, e), tile),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
         largest = torch.maximum(largest, bad * 0x7F800000)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -79,7 +80,7 @@ def plan(short: int, long: int, dim: int, block: int) -> Plan:
 def config(short: int, dtype: torch.dtype, capability: int = 90) -> Tile:
     """The tile for a matrix with ``short`` rows and operands of ``dtype`` on a device of ``capability`` (80, 90, …)."""
     # Larger tiles read less; these are the largest whose registers do not spill.
-    wide = capability >= 90
+    wide = 90 <= capability < 120  # products of 64 rows by a group of warps; consumer Blackwell has none
     most = (64 if dtype == torch.float32 else 128) // (1 if wide else 2)
     rows = max(16, min(most, triton.next_power_of_2(short)))
     warps = 4 if rows < (32 if dtype == torch.float32 else 64) else 8
@@ -206,6 +207,18 @@ def outer_sketch_kernel(
     tl.store(out, tl.load(out, mask=owned, other=0.0) + acc * scale, mask=owned)
 
 
+def constants(
+    short: int, dtype: torch.dtype, block: int, mode: int, tile: Tile, *, has_bfloat16: bool = True
+) -> dict[str, Any]:
+    """What the kernel is compiled for; ``has_bfloat16`` is not so of Triton's interpreter."""
+    half = dtype != torch.float32
+    return {
+        "N_SHORT": short, "MODE": mode, "BLOCK": block, "ROWS": tile.rows, "TOKENS": tile.tokens, "RUNS": tile.runs,
+        "BITS": BFLOAT16_BITS if half else TF32_BITS, "PRODUCT": "tf32" if half else "tf32x3",
+        "MIXING": tl.bfloat16 if half and has_bfloat16 else tl.float32,
+    }  # fmt: skip
+
+
 def sign_table(run_base: int, n_runs: int, block: int, seed: int, device: torch.device) -> Tensor:
     """Packed sign bits of runs, int32 (n_runs, 2·ceil(B / 32)): those before the mixing, then those after it."""
     tables = [packed_signs(run_base, n_runs, block, tag, seed, device) for tag in (TAG_SRHT_IN, TAG_SRHT_OUT)]
@@ -230,7 +243,6 @@ def outer_sketch(
     cut = plan(short, long, dim, block)
     tile = config(short, left.dtype, capability_of(left)) if tile is None else tile
     slots = dim // block
-    half = left.dtype != torch.float32
     a, b = (lanes, lanes) if table_a is None or table_b is None else (table_a, table_b)
     with on_device(lanes):
         for first in range(0, cut.stride, cut.phases):
@@ -239,9 +251,7 @@ def outer_sketch(
                 left, right, a, b, signs, lanes, starts, lengths,
                 n, right.stride(0), lanes.stride(0), lanes.stride(1), long, slots, first, phases, cut.stride,
                 cut.steps, cut.layers, rho_base % slots, alpha, gamma, e, 1 / math.sqrt(block), 1.0,
-                N_SHORT=short, MODE=mode_of(mode, e), BLOCK=block, ROWS=tile.rows, TOKENS=tile.tokens, RUNS=tile.runs,
-                BITS=BFLOAT16_BITS if half else TF32_BITS, PRODUCT="tf32" if half else "tf32x3",
-                MIXING=tl.bfloat16 if half and left.is_cuda else tl.float32,
+                **constants(short, left.dtype, block, mode_of(mode, e), tile, has_bfloat16=left.is_cuda),
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
 

@@ -62,7 +62,7 @@ def config(
     if MIN_PRODUCT <= block <= MAX_PRODUCT:
         if mode in (MODE_NONE, MODE_SIGN) and dtype.itemsize == 2:
             mixing = PRODUCT
-        elif capability >= 90:
+        elif 90 <= capability < 120:
             mixing = SPLIT_PRODUCT
     if mixing == BUTTERFLIES:
         # 512 positions x 4 examples: 16 values a thread, over which the cost of its signs is spread.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from less_fast.kernels import accumulate, dense, outer_sjlt, outer_sketch, philox, sjlt, srht
 from less_fast.kernels.compile import Variant
-from less_fast.kernels.mix import BFLOAT16_BITS, TF32_BITS
+from less_fast.kernels.mix import TF32_BITS
 from less_fast.kernels.rule import MODE_ADAM, MODE_NONE, mode_of
 
 from less_fast.projection import TAG_SRHT_IN
@@ -127,10 +126,7 @@ def _sjlt_add(dtype: str, mode: int) -> Variant:
 
 def _outer_sketch(rank: int, dtype: str, capability: int) -> Variant:
     tile = outer_sketch.config(rank, DTYPES[dtype], capability)
-    half = dtype != "fp32"
-    constants: dict[str, Any] = {"N_SHORT": rank, "MODE": mode_of(MODE_ADAM, 0.0), "BLOCK": 64, "RUNS": tile.runs}
-    constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "PRODUCT": "tf32" if half else "tf32x3"}
-    constants |= {"BITS": BFLOAT16_BITS if half else TF32_BITS, "MIXING": tl.bfloat16 if half else tl.float32}
+    constants = outer_sketch.constants(rank, DTYPES[dtype], 64, mode_of(MODE_ADAM, 0.0), tile)
     types = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}"} | _SEGMENTS
     return Variant(
         f"outer_sketch_{rank}_{dtype}", outer_sketch.outer_sketch_kernel, constants, types, tile.warps, tile.stages,
@@ -140,8 +136,7 @@ def _outer_sketch(rank: int, dtype: str, capability: int) -> Variant:
 
 def _outer_sjlt(rank: int, dtype: str) -> Variant:
     tile = outer_sjlt.config(rank, DTYPES[dtype])
-    constants: dict[str, Any] = {"N_SHORT": rank, "MODE": mode_of(MODE_ADAM, 0.0), "NNZ": 1, "BLOCK": outer_sjlt.BLOCK}
-    constants |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "PRODUCT": "tf32x3" if dtype == "fp32" else "tf32"}
+    constants = outer_sjlt.constants(rank, DTYPES[dtype], 1, mode_of(MODE_ADAM, 0.0), tile)
     types = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}"} | _SEGMENTS | _INTEGERS
     return Variant(
         f"outer_sjlt_{rank}_{dtype}", outer_sjlt.outer_sjlt_kernel, constants, types, tile.warps, tile.stages,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from less_fast.data import Encoded, Examples, encode_all, load_examples
@@ -115,12 +117,12 @@ def extract_many(
         "max_length": max_length,
         "numerics": {
             "model_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "device": extractor.device.type,
+            "device": device_kind(extractor.device),
             "token_budget": budget,
             "batches": extractor.batches.name,
             "compiled": compile_model,
         },
-        "versions": {name: version(name) for name in ("less_fast", "torch", "transformers")},
+        "versions": versions(extractor.device),
     }
 
     def encode(window: range) -> list[Encoded]:
@@ -153,6 +155,20 @@ def extract_many(
         stores = {path: writer.close() for path, writer in zip(outputs, writers)}
     _report(next(iter(stores.values())))
     return stores
+
+
+def device_kind(device: torch.device) -> str:
+    """``cpu``, or ``cuda sm_90``: equal bits are promised for equal kinds."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda sm_{major}{minor}"
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of what computes on a device of that type, of those that are installed."""
+    names = ["less_fast", "torch", "transformers"] + (["triton", "flash_attn"] if device.type == "cuda" else [])
+    return {name: version(name) for name in names if name in names[:3] or importlib.util.find_spec(name) is not None}
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

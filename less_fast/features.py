@@ -27,6 +27,8 @@ from less_fast.projection import Projection
 from less_fast.segments import Segments
 from less_fast.transfer import to_device
 
+_MOST_FEATURE_BYTES = 2 << 30
+
 
 @dataclass(frozen=True)
 class Output:
@@ -94,6 +96,7 @@ class MultiFeatureExtractor:
             if self._source[i] == i
         ]
         self._scratch = Scratch(self.device)
+        self.backends()  # one that cannot run is refused now, and not in the middle of a backward pass
         with frozen_eval(model):
             check_causal(model)
         self.batches = choose_layout(model, self.device, packing)
@@ -158,12 +161,24 @@ class MultiFeatureExtractor:
         return BatchFeatures(reduced, losses, labels.counts)
 
     def backends(self) -> list[str]:
-        """The backend that computes each output, by name."""
-        grads = torch.empty(1, 1, 1, device=self.device)
-        return [
-            resolve(torch.empty(1, o.projection.dim, device=self.device), grads, o.projection, self.backend)
-            for o in self.outputs
-        ]
+        """The backend that computes each output, by name.
+
+        Raises UnsupportedBackendError where the one that was asked for by name cannot.
+        """
+        computed = {c.index: c for c in self._computed}
+        first = self.layout.parameters[0]
+        grads = torch.empty(1, 1, 1, device=self.device).expand(1, first.short, first.long)
+        used = []
+        for source in self._source:
+            c = computed[source]
+            features = torch.empty(1, c.projection.dim, device=self.device)
+            used.append(resolve(features, grads, c.projection, self.backend, c.sites[0][1]))
+        return used
+
+    @property
+    def max_examples(self) -> int:
+        """Examples that a batch may have, so that features in the making take 2 GB at most."""
+        return max(1, _MOST_FEATURE_BYTES // sum(4 * c.lanes * c.projection.dim for c in self._computed))
 
     def computed(self) -> list[Projection]:
         """The projection each output is computed with: another than its own where it is a fold or prefix of that."""

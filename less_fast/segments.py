@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def end(self) -> int:
+        """Tokens that the flat axis has at least; every matrix of a batch is checked against it."""
+        return max((start + length for start, length in zip(self.starts, self.lengths)), default=0)
 
 
 def _table(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -76,9 +76,12 @@ class ShardJob:
                     np.array([e.n_labels for e in encoded], np.int32),
                 )
                 facts = {"token_budget": self.budget, "truncated": sum(e.truncated for e in encoded)}
-                for writer, features, wanted in zip(writers, arrays, missing):
-                    if shard in wanted:
-                        background.submit(partial(writer.write, shard, features, *columns, facts=facts))
+                writes = [
+                    partial(writer.write, shard, features, *columns, facts=facts)
+                    for writer, features, wanted in zip(writers, arrays, missing)
+                    if shard in wanted
+                ]
+                background.submit(partial(_call_all, writes))
 
     def _encoded(self, window: tuple[int, range]) -> tuple[int, list[Encoded]]:
         shard, rows = window
@@ -128,7 +131,7 @@ class ShardJob:
         def collated(batch: list[int]) -> tuple[list[int], dict[str, Tensor]]:
             return batch, collate([encoded[i] for i in batch], pad_id=0)
 
-        batches = plan_batches(lengths, self.budget, packed=self.extractor.batches.packed)
+        batches = plan_batches(lengths, self.budget, self.extractor.max_examples, packed=self.extractor.batches.packed)
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
         for batch, tensors in _ahead(collating, collated, batches):
             result = self.extractor(tensors)
@@ -151,6 +154,11 @@ def _ahead(thread: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: It
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _call_all(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 class _TokenMeter:

@@ -10,7 +10,7 @@ from support.models import adapted, batch, causal_lm
 from torch import Tensor
 
 from less_fast.features import MultiFeatureExtractor, Output
-from less_fast.model.budget import auto_token_budget, bytes_per_token, captured_bytes
+from less_fast.model.budget import auto_token_budget, bytes_per_token, captured_bytes, is_out_of_memory
 from less_fast.projection import Projection
 
 LENGTHS = (60, 61, 62, 50)
@@ -72,3 +72,18 @@ def test_the_budget_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
         found = auto_token_budget(*arguments, torch.device("cuda"), 2048)
         assert found == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "srht: out of memory (cudaErrorMemoryAllocation)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+    ],
+)
+def test_a_full_device_is_recognised_whoever_says_so(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

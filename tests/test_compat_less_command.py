@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.children import child_environment
 from support.less_info import LENGTH, ROWS, info, load, make_inputs
 from support.less_loop import cosines, save_checkpoint
 from support.tiny import examples, write_jsonl
@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_to_the_same_files(folder: Path, tmp_path: Path) ->
         text=True,
         cwd=tmp_path,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TOKENIZERS_PARALLELISM": "false"},
+        env=child_environment(TOKENIZERS_PARALLELISM="false"),
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.children import child_environment
 from support.cuda_emulated import SANITIZE, SMALL_SHARED, accumulate_emulated, build
 from torch import Tensor
 
@@ -198,11 +198,10 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
         "LD_PRELOAD": found.stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "LESS_FAST_CUDA_EMULATED": str(compiled),
-        "PYTHONPATH": os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     command = [sys.executable, str(Path(__file__).parent / "support" / "cuda_sanitized.py")]
     done = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        command, env=child_environment(**settings), capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sketches: 6" in done.stdout

@@ -27,7 +27,7 @@ def diagnosis() -> Any:
 
 
 def test_the_machine_is_described(diagnosis: Any) -> None:
-    assert diagnosis.versions["torch"] == torch.__version__
+    assert diagnosis.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]  # PyPI's has no "+cu130"
     assert diagnosis.versions["python"].startswith("3.")
     assert diagnosis.devices[0]["name"] == "cpu"
     assert len(diagnosis.devices) == 1 + torch.cuda.device_count()
@@ -84,3 +84,11 @@ def test_the_fused_kernels_are_checked_where_they_can_run(kind: str) -> None:
     assert "CUDA devices" in str(check_fused(kind, "cpu").reason)
     check = in_interpreter(fused_check, kind)
     assert check.passed and check.n_cases == 4 and check.worst_error < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["srht", "sjlt"])
+def test_the_fused_kernels_are_right_on_a_device(kind: str) -> None:
+    check = check_fused(kind, "cuda")
+    assert check.available and check.passed, check.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -13,9 +14,16 @@ from torch import Tensor, nn
 from less_fast.errors import LessFastError
 from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
 from less_fast.layout import ParameterLayout
+from less_fast.model.capture import run
+from less_fast.model.inputs import Inputs, checked
+from less_fast.model.sites import find_sites
+from less_fast.ops.accumulate import accumulate
+from less_fast.ops.outer_sketch import outer_sketch
+from less_fast.ops.rule import Rule
 from less_fast.optim.adam import AdamState
 from less_fast.optim.checkpoint import Moments
 from less_fast.projection import Projection
+from less_fast.segments import Segments
 
 TOLERANCE = 1e-5
 PROJECTIONS = [
@@ -352,3 +360,45 @@ def test_a_module_called_twice_is_refused_by_name() -> None:
 
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_a_modules_input_is_let_go_when_its_gradient_is_made() -> None:
+    """The hooks live as long as the graph; what they hold must not."""
+    model = adapted(causal_lm())
+    sites, _ = find_sites(model)
+    inputs = Inputs.of(checked(batch(), None), torch.device("cpu"), packed=False)
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    def receive(site: Any, value: Tensor, gradient: Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(value))
+
+    run(model, sites, inputs, receive)
+    assert len(seen) == len(sites) and max(alive) <= 1  # the one of the call before, which is only now returning
+
+
+def test_operands_of_any_strides() -> None:
+    """What autograd hands over may be expanded or transposed."""
+    generator = torch.Generator().manual_seed(0)
+    layout = ParameterLayout.build([("q.lora_A.default.weight", 4, 70)])
+    left = torch.randn(1, 4, generator=generator).expand(12, 4)
+    right = torch.randn(70, 12, generator=generator).T
+    segments = Segments.packed((5, 7), torch.device("cpu"))
+    found, expected = torch.zeros(1, 2, 64), torch.zeros(1, 2, 64, dtype=torch.float64)
+    projection = Projection("srht", 64, block=16)
+    outer_sketch(found, left, right, segments, layout.parameters[0], 0, projection)
+    grads = torch.stack([left[:5].T.double() @ right[:5].double(), left[5:].T.double() @ right[5:].double()])
+    accumulate(expected[0], grads, layout.parameters[0], 0, projection, backend="reference")
+    assert relative_error(found[0], expected[0]) < 1e-6
+
+
+def test_tables_that_do_not_fit_are_refused_before_a_kernel_reads_them() -> None:
+    layout = ParameterLayout.build([("q.lora_A.default.weight", 4, 70)])
+    segments = Segments.packed((5,), torch.device("cpu"))
+    for rule in (Rule("adam"), Rule("adam", torch.zeros(3, 3), torch.ones(3, 3))):
+        with pytest.raises(LessFastError, match="Adam's table a"):
+            outer_sketch(
+                torch.zeros(1, 1, 64), torch.zeros(5, 4), torch.zeros(5, 70), segments, layout.parameters[0], 0,
+                Projection("srht", 64), rule,
+            )  # fmt: skip

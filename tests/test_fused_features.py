@@ -47,3 +47,16 @@ def check(outputs: list[Output], rank: int, data: dict[str, Any], **settings: An
     for features, wanted in zip(got, expected):
         error = (torch.from_numpy(features) - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert float(error.max()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["srht", "sjlt"])
+def test_a_model_on_a_device(kind: str, dtype: torch.dtype) -> None:
+    model = adapted(causal_lm(), 16).to("cuda", dtype)
+    outputs = [Output(Projection(kind, 256, seed=1), adam_state(16, "less"))]
+    expected = MultiFeatureExtractor(model, outputs, backend="reference")(batch()).features[0]
+    features = MultiFeatureExtractor(model, outputs)(batch()).features[0]
+    assert float(((features - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-4
+    assert torch.equal(features, MultiFeatureExtractor(model, outputs)(batch()).features[0])

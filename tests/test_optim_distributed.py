@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.children import child_environment
 from support.small_training import BETAS, EPS, STEPS, small_model, train_alone
 from torch import nn
 
@@ -36,7 +37,7 @@ def assert_moments(state: AdamState, expected: dict[str, Any], rtol: float = 1e-
 def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes saved."""
     out = tmp_path_factory.mktemp("fsdp")
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "support.write_fsdp", str(out)]
     with (out / "log").open("w") as log:
         processes = [

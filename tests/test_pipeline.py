@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from support import tiny
+from support.children import child_environment
 
 from less_fast.config import RunConfig, settings, task_name
 from less_fast.data import TEMPLATES, load_examples
@@ -424,7 +425,7 @@ def test_killed_runs_end_with_the_same_files(inputs: Path) -> None:
     folder.mkdir()
     for name in ("model", "pool.jsonl", "sums.jsonl", "names.jsonl"):
         (folder / name).symlink_to(inputs / name)
-    environment = {**os.environ, "PYTHONPATH": str(KILLER.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     output = subprocess.run(
         [sys.executable, str(KILLER), str(folder), "5"], stdout=subprocess.PIPE, env=environment, cwd=folder, check=True
     )

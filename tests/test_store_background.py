@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
@@ -37,9 +39,11 @@ def test_the_queue_is_bounded() -> None:
     producer = threading.Thread(target=produce)
     producer.start()
     time.sleep(0.1)
-    assert submitted == [0, 1]  # one is being written, one waits
-    gate.set()
-    producer.join()
+    try:
+        assert submitted == [0, 1]  # one is being written, one waits
+    finally:
+        gate.set()
+        producer.join()
     assert submitted == list(range(5))
 
 
@@ -65,4 +69,22 @@ def test_an_error_outside_still_lets_submitted_writes_finish() -> None:
         for i in range(2):
             writer.submit(lambda i=i: (time.sleep(0.02), done.append(i))[0])  # type: ignore[misc,func-returns-value]
         raise KeyboardInterrupt
+    assert done == [0, 1]
+
+
+def test_what_was_submitted_before_an_interruption_of_submit_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C arrives while the main thread waits for room in the queue."""
+    gate, done = threading.Event(), []
+    original = Future.result
+
+    def interrupted(self: Any, timeout: float | None = None) -> Any:
+        gate.set()
+        monkeypatch.setattr(Future, "result", original)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter() as writer:
+        writer.submit(lambda: (gate.wait(), done.append(0))[0])  # type: ignore[arg-type, return-value]
+        writer.submit(lambda: done.append(1))
+        monkeypatch.setattr(Future, "result", interrupted)
+        writer.submit(lambda: done.append(2))
     assert done == [0, 1]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.children import child_environment
 from support.stores import folder_hashes
 
 SCRIPT = Path(__file__).parent / "support" / "store_killer.py"
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork are
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,

@@ -69,5 +69,18 @@ def test_no_update_exceeds_its_bound() -> None:
                 assert ((m + 0.1 * g) / (torch.sqrt(b + 0.001 * g * g) + e)).abs().max() <= bound
 
 
+def test_no_update_exceeds_its_bound_without_a_first_moment() -> None:
+    bound = float(kernels("outer_sjlt").update_bound(torch.zeros(1, 4), torch.full((1, 4), 1e-8), 0.1, 0.001, 0.0))
+    g = torch.tensor([1e-3, 1.0, 1e3, 1e6])
+    assert (0.1 * g / torch.sqrt(1e-8 + 0.001 * g * g)).max() <= bound
+
+
+def test_gradients_of_equal_operands_do_not_overflow_their_unit(run: Run) -> None:
+    """Every entry is as large as the bound allows: tokens times the largest operands."""
+    case = Case(16, 64, 50, rule_name="none", lengths=(90,), nnz=1)
+    case.left, case.right = torch.ones_like(case.left), torch.full_like(case.right, 3.0)
+    assert_close(case.features(run), case)
+
+
 def test_no_examples() -> None:
     assert Case(16, 137, 50, lengths=(), nnz=1).features(interpreted).shape == (0, 50)

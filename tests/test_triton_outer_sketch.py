@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.outer import RULES, Case, assert_close
-from support.triton_run import Run, kernels, runners
+from support.triton_run import Run, kernels, on_cuda, runners
 
 from less_fast.ops.outer_sketch import sum_lanes
 
@@ -53,6 +53,17 @@ def test_half_precision_operands(run: Run) -> None:
     """Operands are exact, their products are added in float32, u is rounded to 16 bits: 2^-17 at most."""
     case = Case(16, 137, 256, dtype=torch.float16)
     assert_close(case.features(run), case, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_lora_b", [False, True], ids=["A", "B"])
+@pytest.mark.parametrize("short", [8, 16, 64, 128, 256])
+def test_half_precision_on_a_device(short: int, is_lora_b: bool, dtype: torch.dtype) -> None:
+    """Every width of tile, several runs of each slot; the interpreter has no bfloat16."""
+    case = Case(short, 2200, 8192, dtype=dtype, is_lora_b=is_lora_b, lengths=(371, 1, 0, 90))
+    assert_close(case.features(on_cuda), case, 1e-5)
 
 
 def test_every_tile_gives_the_same(run: Run) -> None:

@@ -72,8 +72,9 @@ def captured_bytes(sites: Sequence[Site], item: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, cuBLAS or Python ran out of device or host memory."""
+    """Whether torch, cuBLAS, Triton, the CUDA driver or Python ran out of device or host memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return any(sign in text for sign in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+    return any(sign in text for sign in signs)

@@ -85,7 +85,7 @@ def accumulate(
     if not features.stride(1) == 1 or not (grads.stride(2) == 1 and (short == 1 or grads.stride(1) == long)):
         raise LessFastError(f"features or gradients of {parameter.name} are not contiguous in their last dimensions")
     if rule.kind == "adam":
-        _check_tables(rule, grads)
+        check_tables(rule, (short, long), grads.device)
     if n == 0:
         return
     with torch.no_grad():
@@ -93,13 +93,14 @@ def accumulate(
         BACKENDS[name].run(features, grads, parameter, run_base, projection, rule)
 
 
-def _check_tables(rule: Rule, grads: Tensor) -> None:
+def check_tables(rule: Rule, shape: tuple[int, int], device: torch.device) -> None:
+    """Raise LessFastError unless Adam's tables are float32 (S, L), contiguous and on the device."""
     for name, table in (("a", rule.a), ("b", rule.b)):
-        if table is None or table.shape != grads.shape[1:] or table.dtype != torch.float32:
+        if table is None or table.shape != shape or table.dtype != torch.float32:
             found = "missing" if table is None else f"{table.dtype} {tuple(table.shape)}"
-            raise LessFastError(f"Adam's table {name} is {found}; expected float32 {tuple(grads.shape[1:])}")
-        if table.device != grads.device or not table.is_contiguous():
-            raise LessFastError(f"Adam's table {name} is on {table.device}; expected it contiguous on {grads.device}")
+            raise LessFastError(f"Adam's table {name} is {found}; expected float32 {shape}")
+        if table.device != device or not table.is_contiguous():
+            raise LessFastError(f"Adam's table {name} is on {table.device}; expected it contiguous on {device}")
 
 
 def accumulate_cost(n: int, parameter: Parameter, projection: Projection, rule: Rule) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from less_fast.layout import Parameter
 from less_fast.ops.rule import Rule
+from less_fast.ops.triton import too_old
 from less_fast.projection import Projection
 from less_fast.segments import Segments
 
@@ -28,6 +29,8 @@ def refuses(device: torch.device, parameter: Parameter, projection: Projection) 
         return f"the projection is {projection.kind}, and the fused kernels make srht and sjlt"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'less_fast[triton]'"
+    if (old := too_old(device)) is not None:
+        return old
     from less_fast.kernels import outer_sketch as kernels
 
     reason = kernels.refuses(parameter.short, parameter.long)

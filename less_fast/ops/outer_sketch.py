@@ -11,7 +11,7 @@ from torch import Tensor
 from less_fast.errors import LessFastError, UnsupportedBackendError
 from less_fast.layout import Parameter, ParameterLayout
 from less_fast.ops import fused
-from less_fast.ops.accumulate import accumulate
+from less_fast.ops.accumulate import accumulate, check_tables
 from less_fast.ops.outer import Scratch, outer_products
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
@@ -119,6 +119,8 @@ def why_not_fused(target: Target, left: Tensor, right: Tensor, parameter: Parame
     reason = fused.refuses(left.device, parameter, target.projection) or fused.refuses_call(
         left, right, target.projection, target.rule, target.prepared
     )
+    if reason is None and target.lanes.dtype != torch.float32:
+        return f"lanes are {target.lanes.dtype}, and the fused kernels add up in float32"
     if reason is None and target.lanes.shape[0] < fused.lanes(parameter, target.projection):
         return f"there are {target.lanes.shape[0]} lanes, fewer than lanes_needed says"
     return reason
@@ -150,8 +152,8 @@ def prepare(
 
 
 def sum_lanes(lanes: Tensor) -> Tensor:
-    """The features (N, K): lanes (W, N, K) added up in order, in place of lane 0."""
-    features = lanes[0]
+    """The features (N, K): lanes (W, N, K) added up in order; never a view of several lanes' memory."""
+    features = lanes[0] if lanes.shape[0] == 1 else lanes[0].clone()
     for lane in lanes[1:]:
         features += lane
     return features
@@ -177,9 +179,8 @@ def _check(targets: Sequence[Target], left: Tensor, right: Tensor, segments: Seg
         )
     if segments.row_length is not None and n * segments.row_length != left.shape[0]:
         raise LessFastError(f"{n} rows of {segments.row_length} tokens were announced, but there are {left.shape[0]}")
-    ends = [start + length for start, length in zip(segments.starts, segments.lengths)]
-    if n and (min(segments.starts) < 0 or max(ends) > left.shape[0]):
-        raise LessFastError(f"the segments end at token {max(ends)}, but there are {left.shape[0]} tokens")
+    if segments.end > left.shape[0]:
+        raise LessFastError(f"the segments end at token {segments.end}, but there are {left.shape[0]} tokens")
     for target in targets:
         if target.lanes.ndim != 3 or target.lanes.shape[1:] != (n, target.projection.dim):
             raise LessFastError(
@@ -187,5 +188,7 @@ def _check(targets: Sequence[Target], left: Tensor, right: Tensor, segments: Seg
             )
         if not target.lanes.is_contiguous():
             raise LessFastError("lanes are not contiguous")
+        if target.rule.kind == "adam":
+            check_tables(target.rule, (parameter.short, parameter.long), left.device)
         if left.device != target.lanes.device:
             raise UnsupportedBackendError(f"lanes are on {target.lanes.device}, the operands on {left.device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -25,6 +26,8 @@ def supports(features: Tensor, grads: Tensor, projection: Projection, rule: Rule
         return f"{features.dtype} features of {grads.dtype} gradients: it adds float32, float16 or bfloat16 to float32"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'less_fast[triton]'"
+    if (reason := too_old(grads.device)) is not None:
+        return reason
     from less_fast.kernels.accumulate import MAX_ENTRIES, MAX_MATRIX_ENTRIES
     from less_fast.kernels.srht import MAX_BLOCK
 
@@ -34,6 +37,16 @@ def supports(features: Tensor, grads: Tensor, projection: Projection, rule: Rule
         return f"a gradient ({short}, {long}) has more entries than the {most} that this backend numbers"
     if projection.kind == "srht" and projection.block > MAX_BLOCK:
         return f"block is {projection.block}, and this backend mixes runs of up to {MAX_BLOCK}"
+    return None
+
+
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """None where the device has the instructions that the kernels are compiled to, else the reason why not."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # tests ask on behalf of a device that is not there
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80, which the Triton kernels need"
     return None
 
 

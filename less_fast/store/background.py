@@ -28,11 +28,15 @@ class BackgroundWriter:
         self._queue.append(self._thread.submit(write))
 
     def _take(self) -> None:
+        oldest = self._queue[0]
         try:
-            self._queue.popleft().result()
-        except BaseException:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            raise
+            oldest.result()
+        finally:
+            # Ctrl-C while waiting is no reason to drop what was submitted; a write that failed is.
+            if oldest.done():
+                self._queue.popleft()
+                if oldest.exception() is not None:
+                    self._thread.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> BackgroundWriter:
         return self

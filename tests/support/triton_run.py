@@ -87,6 +87,7 @@ class _Strided:
     """A CPU tensor with all of its storage, which pickling a view would drop."""
 
     storage: np.ndarray
+    dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -94,7 +95,8 @@ class _Strided:
     @classmethod
     def of(cls, x: Tensor) -> _Strided:
         storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-        return cls(storage.numpy(), tuple(x.shape), x.stride(), int(x.storage_offset()))
+        numbers = storage.view(torch.int16) if x.dtype == torch.bfloat16 else storage  # numpy has no bfloat16
+        return cls(numbers.numpy(), x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset()))
 
 
 def _run(call: Callable[[list[Any]], tuple[np.ndarray, list[np.ndarray]]], args: Sequence[Any]) -> Any:
@@ -108,7 +110,7 @@ def _run(call: Callable[[list[Any]], tuple[np.ndarray, list[np.ndarray]]], args:
 
 def _call(launcher: str, packed: Sequence[Any], device: str = "cpu") -> tuple[np.ndarray, list[np.ndarray]]:
     """The first argument's storage after the launch (empty if it is no tensor), and the results."""
-    storages = [torch.from_numpy(x.storage).to(device) if isinstance(x, _Strided) else x for x in packed]
+    storages = [torch.from_numpy(x.storage).to(device).view(x.dtype) if isinstance(x, _Strided) else x for x in packed]
     args = [
         storage.as_strided(x.shape, x.stride, x.offset) if isinstance(x, _Strided) else x
         for x, storage in zip(packed, storages)
@@ -125,3 +127,20 @@ def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which also fills torch.empty with NaN or the largest integer
+    _repair_index()
+
+
+def _repair_index() -> None:
+    """Triton 3.6 makes ints of arrays with one dimension, for the bounds of loops, which NumPy 2.4 refuses."""
+    import triton
+    from triton.runtime import interpreter
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def repaired(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = repaired

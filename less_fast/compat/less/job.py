@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from less_fast.compat.less.files import SIDECAR, excluded_rows, is_whole, read_sidecar, write_folder
 from less_fast.compat.less.tokens import TokenSource
 from less_fast.errors import LessFastError
+from less_fast.extraction import device_kind, versions
 from less_fast.features import Output
 from less_fast.model.budget import auto_token_budget
 from less_fast.model.load import fingerprint
@@ -108,11 +108,11 @@ def compute(work: Path, wanted: Sequence[tuple[str, Output, Mapping[str, Any]]],
     if not isinstance(budget, int) or budget < 1:
         raise LessFastError(f"token_budget is {budget!r}; expected 'auto' or a positive number of tokens")
     shared = {
-        "device": extractor.device.type,
+        "device": device_kind(extractor.device),
         "token_budget": budget,
         "batches": extractor.batches.name,
         "made_together": [name for name, _, _ in wanted],
-        "versions": {name: version(name) for name in ("less_fast", "torch", "transformers")},
+        "versions": versions(extractor.device),
     }
     with ExitStack() as stack:
         writers = [
