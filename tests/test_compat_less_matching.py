@@ -239,9 +239,17 @@ def test_a_checkpoint_is_weighed_by_its_own_interval_whichever_others_are_wanted
 # Subtasks
 
 
-def test_custom_tasks_have_the_subtasks_that_their_examples_name(tmp_path):
-    names = ["x", "y", "x", None, "z", "x", "y"]
-    targets = random_rows(7, 1).numpy()
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x", "y", "x", None, "z", "x", "y"],
+        ["x", "x", "y", "z", "z", "z"],  # in order, and the first as long as the average
+        ["x", "y", "y"],
+    ],
+    ids=["mixed", "in-order", "growing"],
+)
+def test_custom_tasks_have_the_subtasks_that_their_examples_name(tmp_path, names):
+    targets = random_rows(len(names), 1).numpy()
     train = random_rows(20, 2).numpy()
     write_store(make_store(tmp_path / "ts", targets, subtasks=names), tmp_path / "mmlu")
     write_store(make_store(tmp_path / "as", train), tmp_path / "a")
@@ -251,6 +259,18 @@ def test_custom_tasks_have_the_subtasks_that_their_examples_name(tmp_path):
     groups = {name: [row for row, other in enumerate(names) if other == name] for name in names}
     expected = np.max([cosines[:, rows].mean(1) for rows in groups.values()], axis=0)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_checkpoints_of_other_examples_are_not_added_up(tmp_path):
+    rows = random_rows(6, 1).numpy()
+    for name, examples in (("a", "one file"), ("b", "one file"), ("c", "another")):
+        write_store(make_store(tmp_path / f"{name}-store", rows, examples=examples), tmp_path / name)
+    target = tmp_path / "a"
+    influence_scores([tmp_path / "a", tmp_path / "b"], {"t": [target, tmp_path / "b"]}, [1, 1])
+    with pytest.raises(LessFastError, match="different examples"):
+        influence_scores([tmp_path / "a", tmp_path / "c"], {"t": [target, target]}, [1, 1])
+    with pytest.raises(LessFastError, match="different examples"):
+        influence_scores([target, target], {"t": [tmp_path / "a", tmp_path / "c"]}, [1, 1])
 
 
 def test_subtasks_of_equal_size_by_name_are_those_of_less_by_number(tmp_path):

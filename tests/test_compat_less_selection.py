@@ -105,6 +105,9 @@ def test_files_that_cannot_serve_are_refused(tmp_path):
         file.write("{}\n")
     with pytest.raises(LessFastError, match="is compressed"):
         Lines(tmp_path / "a.jsonl")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and so on\nPAR1")
+    with pytest.raises(LessFastError, match="is a parquet file"):
+        Lines(tmp_path / "a.parquet")
     write_scores(tmp_path / "t", a=[0.1])
     (tmp_path / "t/top_num1.jsonl").write_text("{}\n")
     with pytest.raises(LessFastError, match="would be overwritten"):

@@ -55,6 +55,9 @@ def influence_scores(
     for path, tensor in zip(train, rows):
         if len(tensor) != len(rows[0]):
             raise LessFastError(f"{train[0]} has {len(rows[0])} rows and {path} {len(tensor)}; expected the same rows")
+    _check_same_examples(train)
+    for paths in targets.values():
+        _check_same_examples(paths)
     opened = {task: _open_target(task, paths, train, rows, device) for task, paths in targets.items()}
     excluded = _excluded(train)
     scores = {task: torch.full((len(rows[0]),), -math.inf) for task in targets}
@@ -95,7 +98,10 @@ class _Target:
         total = sum(w * (block @ rows.T) for w, block, rows in zip(weights, blocks, self.checkpoints))
         assert isinstance(total, Tensor)
         size = len(self.subtasks[0])
-        if [row for rows in self.subtasks for row in rows] == list(range(size * len(self.subtasks))):
+        in_order = [row for rows in self.subtasks for row in rows] == list(range(total.shape[1]))
+        if in_order and all(
+            len(rows) == size for rows in self.subtasks
+        ):  # as LESS's are, and in its order of additions
             means = total.reshape(len(total), len(self.subtasks), -1).mean(-1)
         else:
             means = torch.stack([total[:, rows].mean(-1) for rows in self.subtasks], 1)
@@ -123,6 +129,20 @@ def _open_target(
         checkpoints.append(tensor)
         _refuse_unusable(task, path, tensor)
     return _Target(checkpoints, _subtasks(task, len(checkpoints[0]), read_sidecar(paths[0])))
+
+
+def _check_same_examples(paths: Sequence[_Path]) -> None:
+    """Raise LessFastError where what is known of two checkpoints' folders says that their rows are other examples."""
+    first = read_sidecar(paths[0])
+    for path in paths[1:]:
+        other = read_sidecar(path)
+        if first is None or other is None:
+            continue
+        same_rows = first.rows == other.rows
+        if not same_rows or first.facts.get("examples") != other.facts.get("examples"):
+            raise LessFastError(
+                f"{paths[0]} and {path} hold the rows of different examples; collect one again from the other's file"
+            )
 
 
 def _check_pair(train: _Path, target: _Path) -> None:

@@ -22,6 +22,7 @@ from less_fast.store.files import failed_write
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
+_PARQUET_MAGIC = b"PAR1"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Lines:
             with open(self.path, "rb") as file:
                 for line in file:
                     start, offset = offset, offset + len(line)
-                    if start == 0 and line.startswith(_GZIP_MAGIC):
-                        raise LessFastError(f"{self.path}: is compressed; give the unpacked file")
+                    if start == 0 and line.startswith((_GZIP_MAGIC, _PARQUET_MAGIC)):
+                        kind = "compressed" if line.startswith(_GZIP_MAGIC) else "a parquet file"
+                        raise LessFastError(
+                            f"{self.path}: is {kind}; give the file of JSON lines that it was made from"
+                        )
                     if start == 0 and line.startswith(_BYTE_ORDER_MARK):
                         start, line = len(_BYTE_ORDER_MARK), line.removeprefix(_BYTE_ORDER_MARK)
                     if line.strip():
