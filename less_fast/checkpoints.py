@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +59,19 @@ def _weighed(step: int, path: Path, previous_step: int) -> Checkpoint:
     state = read_state(path)
     if state is None:
         raise LessFastError(
-            f"{path}: {_STATE_NAME} is missing or cut off, so the checkpoint was not saved whole; remove the folder"
+            f"{path}: {_STATE_NAME} is missing or cut off, or no Trainer state, so the checkpoint was not saved "
+            "whole; remove the folder"
         )
     epoch = float(state["epoch"])
     start = _interval_start(step, epoch, previous_step)
-    rates = [
-        entry["learning_rate"]
-        for entry in state["log_history"]
-        if "learning_rate" in entry and start < entry["step"] <= step
-    ]
+    logged = [entry for entry in state["log_history"] if isinstance(entry, dict) and "learning_rate" in entry]
+    for entry in logged:
+        if not (_is_number(entry["learning_rate"]) and _is_number(entry.get("step"))):
+            raise LessFastError(
+                f"{path / _STATE_NAME}: log_history has learning_rate {entry['learning_rate']!r:.40} at step "
+                f"{entry.get('step')!r:.40}; expected finite numbers; give the weights yourself, or train again"
+            )
+    rates = [entry["learning_rate"] for entry in logged if start < entry["step"] <= step]
     if not rates:
         raise LessFastError(
             f"{path / _STATE_NAME}: log_history has no learning_rate for steps {start + 1} to {step}, "
@@ -96,7 +101,12 @@ def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
     """A checkpoint's Trainer state, or None where it is not whole; the Trainer writes it after all other files."""
     try:
-        state = json.loads((checkpoint / _STATE_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+        state = json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # not there, no JSON, or no UTF-8
         return None
-    return state if {"epoch", "log_history"} <= set(state) else None
+    is_whole = isinstance(state, dict) and _is_number(state.get("epoch")) and isinstance(state.get("log_history"), list)
+    return state if is_whole else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

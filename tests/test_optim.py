@@ -149,12 +149,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ([1, 2], "key 'state'"),
         ({"state": {"weight": {"exp_avg": torch.full((2, 2), torch.nan), "exp_avg_sq": torch.zeros(2, 2)}}}, "finite"),
         ({"state": {"weight": {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": -torch.ones(2, 2)}}}, "negative"),
-        ({"state": {"weight": {"exp_avg": torch.zeros(2, dtype=torch.uint8), "exp_avg_sq": torch.zeros(2)}}}, "uint8"),
+        ({"state": {"weight": {"exp_avg": torch.zeros(2, 2).byte(), "exp_avg_sq": torch.zeros(2, 2)}}}, "uint8"),
     ],
 )
 def test_files_that_are_no_adam_state_are_refused(tmp_path: Path, content: object, word: str) -> None:
     torch.save(content, tmp_path / "optimizer.pt")
-    model = nn.Linear(1, 1, bias=False)
+    model = nn.Linear(2, 2, bias=False)
     with pytest.raises(LessFastError, match=word):
         AdamState.from_checkpoint(tmp_path, model)
 

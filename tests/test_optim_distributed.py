@@ -195,10 +195,15 @@ def test_deepspeed_checkpoints_that_cannot_be_put_together_are_refused(tmp_path:
     cut.write_bytes(cut.read_bytes()[:1000])
     other = copy("other model")
     shapes = torch.load(other / "mp_rank_00_model_states.pt", weights_only=True)
-    shapes["param_shapes"][0]["0.weight"] = torch.Size([50, 7])
-    torch.save(shapes, other / "mp_rank_00_model_states.pt")
-    shapes["param_shapes"][0]["0.weight"] = torch.Size([1, 7])
-    torch.save(shapes, copy("smaller model") / "mp_rank_00_model_states.pt")
+    first, *groups = shapes["param_shapes"]
+    for folder, changed in [
+        (other, {"another.weight": torch.Size([50, 7]), **first}),
+        (copy("smaller model"), {"another.weight": torch.Size([1, 7]), "2.weight": first["2.weight"]}),
+        (copy("other shape"), {**first, "0.weight": torch.Size([1000, 10**7])}),
+        (copy("other shape 3", "zero3_sub_groups"), {**first, "0.weight": torch.Size([1000, 10**7])}),
+    ]:
+        model_file = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
+        torch.save({**shapes, "param_shapes": [changed, *groups]}, model_file)
     (tmp_path / "universal" / "zero").mkdir(parents=True)
     no_zero = copy("no zero", "none") / "mp_rank_00_model_states.pt"
     torch.save({**torch.load(no_zero, weights_only=True), "optimizer": None}, no_zero)
@@ -212,6 +217,8 @@ def test_deepspeed_checkpoints_that_cannot_be_put_together_are_refused(tmp_path:
         "cut": "zero_pp_rank_1.*not a readable",
         "other model": r"moments end before those of (0|2)\.weight",
         "smaller model": "the parameters of group 0 take 6 times 4 entries, the moments have 13",
+        "other shape": r"the moments of 0\.weight have shape \(1000, 10000000\), the parameter \(5, 7\)",
+        "other shape 3": r"the moments of 0\.weight have shape \(1000, 10000000\), the parameter \(5, 7\)",
         "universal": "universal checkpoint",
         "no zero": "no plain optimizer state",
     }.items():

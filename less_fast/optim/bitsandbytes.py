@@ -54,6 +54,8 @@ def _moment(source: Path, name: str, entry: Mapping[str, Any], number: int) -> T
             "codes; the file is damaged or of an unknown version of bitsandbytes"
         )
     values = levels.float().index_select(0, codes.reshape(-1).int())
-    for start in range(0, size, block):
-        values[start : start + block] *= scales[start // block]
+    scales = scales.reshape(-1).float()
+    n_full = size // block
+    values[: n_full * block].view(n_full, block).mul_(scales[:n_full, None])
+    values[n_full * block :] *= scales[n_full:]  # the last block, where it is not full
     return values.view(codes.shape)

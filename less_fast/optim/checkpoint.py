@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,23 @@ _FORMATS = (
 
 
 def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict[str, set[float]]]:
-    """Moments of the model's parameters by name, and the values of beta1, beta2 and eps in the state's groups."""
+    """Moments of the model's parameters by name, and the values of beta1, beta2 and eps in the state's groups.
+
+    Raises LessFastError for whatever is wrong with the checkpoint.
+    """
     shapes = {clean_name(name): parameter.shape for name, parameter in model.named_parameters()}
-    saved = _read(path, shapes.__contains__)
+    try:
+        return _read_moments(path, model, shapes)
+    except LessFastError:
+        raise
+    except Exception as error:  # what a damaged file holds may be of any type in any place
+        raise unreadable(path, error) from error
+
+
+def _read_moments(
+    path: Path, model: nn.Module, shapes: Mapping[str, torch.Size]
+) -> tuple[dict[str, Moments], dict[str, set[float]]]:
+    saved = _read(path, shapes)
     refuse_others(saved)
     named = _by_name(saved, model)
     _check_adapter(saved, named)
@@ -40,21 +53,17 @@ def read_moments(path: Path, model: nn.Module) -> tuple[dict[str, Moments], dict
             f"{saved.source}: none of the state's parameters ({next(iter(named), 'it has none')} is the first) is in "
             f"the model ({next(iter(shapes), 'it has none')}); load the model and adapter that it was saved with"
         )
-    moments = {name: make_moments(saved.source, name, entry, copy=saved.mapped) for name, entry in kept.items()}
-    for name, of_name in moments.items():
-        if of_name.m.shape != shapes[name]:
-            raise LessFastError(
-                f"{saved.source}: the moments of {name} have shape {tuple(of_name.m.shape)}, the parameter "
-                f"{tuple(shapes[name])}; expected the same; load the model and adapter that it was saved with"
-            )
+    moments = {
+        name: make_moments(saved.source, name, entry, shapes[name], copy=saved.mapped) for name, entry in kept.items()
+    }
     return moments, constants(saved.groups)
 
 
-def _read(path: Path, wanted: Callable[[str], bool]) -> SavedState:
+def _read(path: Path, shapes: Mapping[str, torch.Size]) -> SavedState:
     place = _find(path)
     if place.is_file():
         return _read_file(place)
-    return read_distributed(place, wanted) if (place / METADATA).is_file() else read_deepspeed(place, wanted)
+    return read_distributed(place, shapes) if (place / METADATA).is_file() else read_deepspeed(place, shapes)
 
 
 def _find(path: Path) -> Path:
@@ -107,7 +116,7 @@ def _read_file(file: Path) -> SavedState:
     try:
         # Mapped from disk where the format allows it, so that only what the model needs is ever in memory.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise unreadable(file, error) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("state"), Mapping):
         raise LessFastError(f"{file}: expected a dictionary with the key 'state', as torch optimizers save it")
@@ -152,8 +161,11 @@ def _check_adapter(saved: SavedState, named: Mapping[str, Any]) -> None:
         return
     from safetensors import safe_open
 
-    with safe_open(adapter, framework="numpy") as tensors:
-        weights = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  (not a dictionary)
+    try:
+        with safe_open(adapter, framework="numpy") as tensors:
+            weights = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  (not a dictionary)
+    except Exception as error:  # a damaged file may raise anything
+        raise LessFastError(f"{adapter}: not a readable safetensors file; copy or save the adapter again") from error
     trained = {re.sub(r"(\.lora_[AB])\.[^.]+(\.weight)$", r"\1\2", name) for name in named if ".lora_" in name}
     if trained and (different := sorted(weights ^ trained)):
         name = different[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from less_fast.errors import LessFastError
-from less_fast.optim.inert import Inert, load_inert
-from less_fast.optim.moments import SavedState, clean_name
+from less_fast.optim.inert import Inert, load_inert, shown
+from less_fast.optim.moments import SavedState, check_shape, clean_name
 
 SHARDS = "*_optim_states.pt"
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -31,10 +31,11 @@ def is_deepspeed(folder: Path) -> bool:
     return any(folder.glob(SHARDS)) or any((folder / name).is_file() for name in _MODEL_FILES)
 
 
-def read_deepspeed(folder: Path, wanted: Callable[[str], bool]) -> SavedState:
-    """The optimizer state in a ``global_step*`` folder; only the moments of parameters ``wanted`` are put together.
+def read_deepspeed(folder: Path, parameters: Mapping[str, torch.Size]) -> SavedState:
+    """The optimizer state in a ``global_step*`` folder; only the moments of ``parameters`` are put together.
 
-    Raises LessFastError for checkpoints that are not whole, and for those of tensor, pipeline or expert parallelism.
+    ``parameters``: the model's shapes by name. Raises LessFastError for other shapes in the checkpoint, for one that
+    is not whole, and for those of tensor, pipeline or expert parallelism.
     """
     model = _model_states(folder)
     files = _shards(folder)
@@ -49,19 +50,20 @@ def read_deepspeed(folder: Path, wanted: Callable[[str], bool]) -> SavedState:
     counts = shards[0].get("partition_count")
     if any(count != len(files) for count in (counts if isinstance(counts, (list, tuple)) else [counts])):
         raise LessFastError(
-            f"{folder}: found {len(files)} files {SHARDS}, but the state is cut into {counts} parts; expected one file "
-            "for each part; copy the files of all processes (partitions of expert parallelism and MiCS are not read)"
+            f"{folder}: found {len(files)} files {SHARDS}, but the state is cut into {shown(counts)} parts; expected "
+            "one file for each part; copy the files of all processes (partitions of expert parallelism and MiCS are "
+            "not read)"
         )
     if "ds_zero_partition_groups" in shards[0]:
         raise LessFastError(
             f"{folder}: parameters are partitioned over different groups of processes, which is not read"
         )
     if stage in (1, 2):
-        return _Flat(folder, files, shards, wanted).zero_1_and_2(shapes)
+        return _Flat(folder, files, shards, parameters).zero_1_and_2(shapes)
     if stage == 3:
-        return _Flat(folder, files, shards, wanted).zero_3(shapes)
+        return _Flat(folder, files, shards, parameters).zero_3(shapes)
     raise LessFastError(
-        f"{files[0]}: zero_stage is {stage!r}; expected 1, 2 or 3; use a checkpoint of DeepSpeed's ZeRO"
+        f"{files[0]}: zero_stage is {shown(stage)}; expected 1, 2 or 3; use a checkpoint of DeepSpeed's ZeRO"
     )
 
 
@@ -125,9 +127,9 @@ class _Flat:
         folder: Path,
         files: Sequence[Path],
         shards: Sequence[Mapping[str, Any]],
-        wanted: Callable[[str], bool],
+        parameters: Mapping[str, torch.Size],
     ) -> None:
-        self.folder, self.files, self.shards, self.wanted = folder, files, shards, wanted
+        self.folder, self.files, self.shards, self.parameters = folder, files, shards, parameters
 
     def zero_1_and_2(self, shapes: Sequence[Mapping[str, Any]]) -> SavedState:
         parts = [_base_entries(file, shard) for file, shard in zip(self.files, self.shards)]
@@ -148,7 +150,7 @@ class _Flat:
             offset = 0
             for (name, shape), padding in zip(group.items(), after):
                 size = math.prod(shape)
-                if self.wanted(clean_name(name)):
+                if self._is_wanted(name, shape):
                     state[name] = {
                         "step": of_group[0].get("step"),
                         **{key: self._cut(vectors[key], offset, size, name).view(tuple(shape)) for key in _MOMENTS},
@@ -177,7 +179,7 @@ class _Flat:
         for name, shape in names.items():
             size = math.prod(shape)
             piece = -(-size // len(self.files))
-            if self.wanted(clean_name(name)):
+            if self._is_wanted(name, shape):
                 state[name] = {"step": entries[0][0].get("step")}
                 for key in _MOMENTS:
                     whole = torch.cat([self._cut(vector[key], offset, piece, name) for vector in vectors])
@@ -186,6 +188,13 @@ class _Flat:
         for rank, vector in enumerate(vectors):
             self._check_size(offset, sum(len(part) for part in vector["exp_avg"]), f"process {rank}")
         return SavedState(self.folder, self.folder.parent, state, groups)
+
+    def _is_wanted(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether the model has the parameter; if so, it must have its shape, which tells how much is put together."""
+        expected = self.parameters.get(clean_name(name))
+        if expected is not None:
+            check_shape(self.folder, name, shape, expected)
+        return expected is not None
 
     def _is_flat_adam(self, entries: Sequence[Mapping[str, Any]]) -> bool:
         return all(isinstance(entry.get(key), Tensor) and entry[key].ndim == 1 for entry in entries for key in _MOMENTS)

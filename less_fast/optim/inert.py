@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import io
 import pickle
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from less_fast.errors import LessFastError
+
+_LONGEST_REASON = 300
 
 
 class Inert:
@@ -23,7 +27,8 @@ class Inert:
             self.__dict__.update(state)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    # The one written in Python: its memo is a dictionary, where that in C is an array as long as the file's word.
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
@@ -35,8 +40,8 @@ class _Unpickler(pickle.Unpickler):
 def unpickle(file: Path) -> Any:
     """A plain pickle's content. Raises LessFastError where the file is none."""
     try:
-        with file.open("rb") as stream:
-            return _Unpickler(stream).load()
+        # From memory, so that a length given in the file allocates no more than the file has.
+        return _Unpickler(io.BytesIO(file.read_bytes())).load()
     except Exception as error:  # a damaged pickle may raise anything
         raise unreadable(file, error) from error
 
@@ -52,11 +57,25 @@ def load_inert(file: Path) -> Any:
         ]
         with torch.serialization.safe_globals(names):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise unreadable(file, error) from error
 
 
 def unreadable(file: Path, error: Exception) -> LessFastError:
     """The error for a file that cannot be read, with the reader's own reason."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:_LONGEST_REASON]
     return LessFastError(f"{file}: not a readable optimizer file ({reason}); copy or save the checkpoint again")
+
+
+class _Short(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if x is None or isinstance(x, (bool, float)) else type(x).__name__
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxlist = 2, 20
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error shows it: lists that hold each other have exponentially long representations."""
+    return _SHORT.repr(value)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from less_fast.errors import LessFastError
 from less_fast.optim import bitsandbytes
+from less_fast.optim.inert import shown
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -53,25 +54,37 @@ def saved_shape(entry: Any) -> torch.Size | None:
     return moment.shape if isinstance(moment, Tensor) else None
 
 
-def make_moments(source: Path, name: str, entry: Any, copy: bool) -> Moments:
+def check_shape(source: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise LessFastError where saved moments have not the shape of the model's parameter."""
+    if tuple(found) != tuple(expected):
+        raise LessFastError(
+            f"{source}: the moments of {name} have shape {shown(tuple(found))}, the parameter {tuple(expected)}; "
+            "expected the same; load the model and adapter that it was saved with"
+        )
+
+
+def make_moments(source: Path, name: str, entry: Any, shape: torch.Size, copy: bool) -> Moments:
     """Adam's moments in float32 from an entry of torch, Apex, DeepSpeed or bitsandbytes; a copy where asked for.
 
-    Raises LessFastError where the entry has none, or has them in no usable form.
+    Raises LessFastError where the entry has none, has them in another ``shape``, or in no usable form.
     """
     entry = bitsandbytes.unwrap(entry) if isinstance(entry, Mapping) else {}
-    if "state1" in entry and "state2" in entry:
-        m, v = bitsandbytes.moments(source, name, entry)
-    elif isinstance(entry.get("exp_avg"), Tensor) and isinstance(entry.get("exp_avg_sq"), Tensor):
-        m, v = entry["exp_avg"], entry["exp_avg_sq"]
-    else:
+    in_bitsandbytes = "state1" in entry and "state2" in entry
+    m, v = (entry.get(key) for key in (("state1", "state2") if in_bitsandbytes else ("exp_avg", "exp_avg_sq")))
+    if not (isinstance(m, Tensor) and isinstance(v, Tensor)):
         raise LessFastError(
-            f"{source}: the state of {name} has {sorted(entry) or 'nothing'}; expected Adam's exp_avg and exp_avg_sq "
-            "(bitsandbytes: state1 and state2); use a state of Adam or AdamW"
+            f"{source}: the state of {name} has {shown(list(entry)) if entry else 'nothing'}; expected Adam's exp_avg "
+            "and exp_avg_sq (bitsandbytes: state1 and state2); use a state of Adam or AdamW"
         )
-    if not (m.is_floating_point() and v.is_floating_point()) or m.shape != v.shape:
+    # Before anything is computed: a tensor of a few bytes may be a view of billions of entries.
+    for moment in (m, v):
+        check_shape(source, name, moment.shape, shape)
+    if in_bitsandbytes:
+        m, v = bitsandbytes.moments(source, name, entry)
+    if not (m.is_floating_point() and v.is_floating_point()):
         raise LessFastError(
-            f"{source}: the moments of {name} are {m.dtype} {tuple(m.shape)} and {v.dtype} {tuple(v.shape)}; "
-            "expected two floating-point tensors of one shape; the file is damaged or not of an Adam"
+            f"{source}: the moments of {name} are {m.dtype} and {v.dtype}; expected two floating-point tensors; the "
+            "file is damaged or not of an Adam"
         )
     if not (torch.isfinite(m).all() and torch.isfinite(v).all()) or bool((v < 0).any()):
         raise LessFastError(
