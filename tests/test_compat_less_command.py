@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from support.children import child_environment
 from support.less_info import LENGTH, ROWS, info, load, make_inputs
 from support.less_loop import cosines, save_checkpoint
+from support.stores import folder_hashes
 from support.tiny import examples, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from less_fast import LessFastError
-from less_fast.compat.less import get_info
+from less_fast.compat.less import collect_grad_reps, get_info, job
 from less_fast.compat.less.loading import load_less_model
+from less_fast.shard_job import ShardJob
+from less_fast.store.files import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,100 @@ def test_a_finished_folder_stays_and_other_settings_are_refused(
         with pytest.raises(LessFastError, match=f"dim64: was made with other settings .*{name}"):
             info(folder, tmp_path, *flags, 64, *change)
     assert file.stat() == before and {path.name for path in tmp_path.iterdir()} == {"dim64", "dim128"}
+
+
+def test_unfinished_work_of_another_command_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other dims or another kind, in whatever order: only its own command ends it, without computing it again."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    grads = ["--gradient_type", "sgd", "--gradient_projection_dimension"]
+    work = tmp_path / ".less_fast"
+    info(folder, tmp_path, *grads, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            info(folder, tmp_path, *grads, 128)
+    rows = folder_hashes(work)
+    assert any(name.startswith("dim128/shards/") for name in rows)
+    info(folder, tmp_path, *grads, 64)  # made already
+    assert folder_hashes(work) == rows
+    info(folder, tmp_path, *grads, 32)
+    info(folder, tmp_path, kind="loss")
+    assert folder_hashes(work) == rows and (tmp_path / "loss.txt").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(collect_grad_reps, "atomic_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            info(folder, tmp_path, kind="loss")
+    losses = {name: value for name, value in folder_hashes(work).items() if name.startswith("loss/")}
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardJob, "_attempt", killed)
+        info(folder, tmp_path, *grads, 128)
+        assert folder_hashes(work) == losses and (tmp_path / "dim128" / "all_orig.pt").exists()
+        info(folder, tmp_path, kind="loss")
+    assert not work.exists()
+
+
+def test_what_was_begun_together_waits_for_its_own_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grads = ["--gradient_type", "sgd", "--gradient_projection_dimension"]
+    write = job.write_folder
+
+    def killed_at_dim64(path: Path, *args: Any, **options: Any) -> None:
+        if path.name == "dim64":
+            raise KeyboardInterrupt
+        write(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_folder", killed_at_dim64)
+        with pytest.raises(KeyboardInterrupt):
+            info(folder, tmp_path, *grads, 128, 64)
+    rows = folder_hashes(tmp_path / ".less_fast")
+    info(folder, tmp_path, *grads, 128)  # made already
+    assert folder_hashes(tmp_path / ".less_fast") == rows
+    info(folder, tmp_path, *grads, 128, 64)
+    assert {path.name for path in tmp_path.iterdir()} == {"dim64", "dim128"}
+
+
+def test_a_second_run_is_refused_until_the_first_has_removed_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.rmtree
+    removed = []
+
+    def second_run(path: Path, **options: Any) -> None:
+        removed.append(path)
+        refused = pytest.raises(LessFastError, match=r"\.less_fast is being written by another process; wait")
+        with refused, job.working_folder(tmp_path):
+            pass
+        real(path, **options)
+
+    with job.working_folder(tmp_path) as work:
+        (work.path / "loss").mkdir()
+        work.used.append("loss")
+        monkeypatch.setattr(shutil, "rmtree", second_run)
+    assert removed and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_begins_while_another_ends_makes_its_folder_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def lock(path: Path) -> FolderLock:
+        folders.append(path)
+        if len(folders) == 1:
+            path.rmdir()
+        return FolderLock(path)
+
+    monkeypatch.setattr(job, "FolderLock", lock)
+    with job.working_folder(tmp_path) as work:
+        assert work.path.is_dir()
+    assert len(folders) == 2 and not work.path.exists()
 
 
 def test_rows_of_another_program_are_not_mixed_with_ours(folder: Path, tmp_path: Path) -> None:

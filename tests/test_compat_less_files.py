@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from less_fast.compat.less.files import (
     write_store,
 )
 from less_fast.errors import LessFastError
-from less_fast.store import Status
+from less_fast.store import Rows, Status
 
 FACTS = {"projection": {"kind": "srht", "dim": 24, "seed": 0, "block": 8}, "layout_hash": "a" * 64}
 
@@ -39,7 +40,8 @@ def features(n: int, dim: int = 24, seed: int = 0) -> np.ndarray:
 def write(folder: Path, rows: np.ndarray, **options) -> None:
     """With the rows in blocks that fit no part."""
     blocks = (rows[start : start + 37] for start in range(0, len(rows), 37))
-    write_folder(folder, blocks, facts=options.pop("facts", FACTS), rows=make_rows(len(rows)), **options)
+    known = options.pop("known", make_rows(len(rows)))
+    write_folder(folder, blocks, facts=options.pop("facts", FACTS), rows=known, **options)
 
 
 @pytest.mark.parametrize(("n", "every", "counts"), [(400, 160, [160, 320, 400]), (320, 160, [160, 320]), (3, 160, [3])])
@@ -135,6 +137,65 @@ def test_folders_of_others_and_of_other_settings_are_refused(tmp_path):
         write(tmp_path / "empty", features(0))
 
 
+def renamed(n: int) -> Rows:
+    return Rows([f"other-{i}" for i in range(n)], ["set"] * n, [None] * n)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_rows_of_the_same_settings_are_refused(tmp_path, monkeypatch, finished):
+    """Finished or interrupted, the folder keeps what it has and never holds rows of both."""
+    real = files.merge_parts
+    if not finished:
+        monkeypatch.setattr(files, "merge_parts", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, features(200))
+        monkeypatch.setattr(files, "merge_parts", real)
+    else:
+        write(tmp_path, features(200))
+    before = folder_hashes(tmp_path)
+    with pytest.raises(LessFastError, match="n_rows: 200 -> 170"):
+        write(tmp_path, features(170))
+    with pytest.raises(LessFastError, match="rows_hash: "):
+        write(tmp_path, features(200, seed=1), known=renamed(200))
+    assert folder_hashes(tmp_path) == before
+
+
+def test_parts_that_were_not_written_now_do_not_come_into_the_tables(tmp_path):
+    rows = features(200)
+    write(tmp_path, rows)
+    expected = folder_hashes(tmp_path)
+    (tmp_path / "all_orig.pt").unlink()
+    torch.save(torch.ones(37, 24), tmp_path / "grads-37.pt")
+    torch.save(torch.ones(5, 24), tmp_path / "reps-5.pt")  # not of these rows
+    write(tmp_path, rows)
+    assert (tmp_path / "reps-5.pt").exists()
+    (tmp_path / "reps-5.pt").unlink()
+    assert folder_hashes(tmp_path) == expected
+
+
+@pytest.mark.parametrize("n", [170, 230])
+def test_fewer_or_more_rows_than_examples_are_refused(tmp_path, n):
+    with pytest.raises(LessFastError, match=f"{n} rows of features for 200 examples"):
+        write(tmp_path, features(n), known=make_rows(200))
+    assert not is_whole(tmp_path)
+
+
+def test_what_an_interrupted_call_left_counts_as_room(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "store", features(320))
+    write_store(store, tmp_path / "out")
+    parts, table = (tmp_path / "out").glob("grads-*.pt"), tmp_path / "out/all_unormalized.pt"
+    there = sum(path.stat().st_size for path in [*parts, table])
+    content = json.loads((tmp_path / "out/less_fast.json").read_text())
+    del content["files"]
+    (tmp_path / "out/less_fast.json").write_text(json.dumps(content))
+    (tmp_path / "out/all_orig.pt").unlink()
+    monkeypatch.setattr("less_fast.store.files._free_bytes", lambda _: 4 * 320 * 24 * 4 - there)
+    write_store(store, tmp_path / "out")
+    assert is_whole(tmp_path / "out")
+    with pytest.raises(LessFastError, match="needs 123 kB more"):
+        write_store(store, tmp_path / "new")
+
+
 def test_damage_is_found(tmp_path):
     write(tmp_path, features(200))
     data = bytearray((tmp_path / "all_orig.pt").read_bytes())
@@ -162,6 +223,27 @@ def test_parts_that_less_wrote_are_merged_in_the_order_of_their_numbers(tmp_path
         (tmp_path / "reps-5.pt").unlink()
         merge_parts(tmp_path, "reps", normalised=True)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_parts_of_two_kinds_with_the_same_numbers_are_kept_apart(tmp_path):
+    kinds = {prefix: torch.from_numpy(features(200, seed=seed)) for seed, prefix in enumerate(("grads", "reps"))}
+    for prefix, rows in kinds.items():
+        for count, part in ((160, rows[:160]), (200, rows[160:])):
+            torch.save(part, tmp_path / f"{prefix}-{count}.pt")
+    for prefix, rows in kinds.items():
+        assert merge_parts(tmp_path, prefix, normalised=False) == 200
+        assert torch.equal(read_folder(tmp_path, normalised=False), rows)
+
+
+def test_parts_in_bfloat16_are_merged_and_parts_of_two_dtypes_are_not(tmp_path):
+    rows = torch.from_numpy(features(200)).bfloat16()
+    torch.save(rows[:160], tmp_path / "grads-160.pt")
+    torch.save(rows[160:], tmp_path / "grads-200.pt")
+    merge_parts(tmp_path, normalised=False)
+    assert torch.equal(read_folder(tmp_path, normalised=False), rows)
+    torch.save(rows[160:].float(), tmp_path / "grads-200.pt")
+    with pytest.raises(LessFastError, match=r"grads-200\.pt: is torch\.float32, but grads-160\.pt torch\.bfloat16"):
+        merge_parts(tmp_path, normalised=False)
 
 
 def test_tensors_are_mapped_and_every_format_of_torch_is_read(tmp_path):

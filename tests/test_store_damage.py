@@ -17,7 +17,8 @@ import pytest
 from support.stores import folder_hashes, make_rows, make_store, open_writer, write_pending
 
 from less_fast.errors import CorruptStoreError, LessFastError
-from less_fast.store import FeatureStore, StoreWriter, files
+from less_fast.store import FeatureStore, StoreWriter, atomic_file, files
+from less_fast.store.files import FolderLock, remove_temporaries
 
 N, K = 11, 8
 FEATURES = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
@@ -313,3 +314,53 @@ def test_bytes_are_on_the_disk_before_their_name_is(tmp_path: Path, monkeypatch:
         "sync s",
     ]
     writer.release()
+
+
+# Two writers
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Each writes to its own; the last to end wins, whole."""
+    path = tmp_path / "file"
+    with atomic_file(path) as first:
+        first.write(b"first" * 5000)
+        with atomic_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        with pytest.raises(KeyboardInterrupt), atomic_file(path) as third:
+            third.write(b"third")
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b"first" * 5000
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_is_taken_over_or_removed(tmp_path: Path) -> None:
+    (tmp_path / "file.tmp").write_bytes(b"left, and longer than what is written now")
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"new")
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("file", b"new")]
+    killed = []
+    with atomic_file(tmp_path / "file"):
+        child = os.fork()
+        if not child:
+            with atomic_file(tmp_path / "file"):
+                os._exit(0)
+        os.waitpid(child, 0)
+        killed = [entry.name for entry in tmp_path.iterdir() if entry.name not in ("file", "file.tmp")]
+    assert len(killed) == 1
+    remove_temporaries(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lock_of_a_folder_that_was_moved_away_is_not_that_of_its_successor(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    first = FolderLock(folder)
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    second = FolderLock(folder)
+    first.release()
+    with pytest.raises(LessFastError, match="being written by another process"):
+        FolderLock(folder)
+    second.release()
+    assert not list(folder.iterdir())

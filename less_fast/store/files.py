@@ -6,10 +6,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from less_fast.errors import LessFastError
 
@@ -20,6 +21,7 @@ except ImportError:  # not on Windows: there the lock is left out
 
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_NAME = ".lock"
+_CREATE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -28,20 +30,56 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes ``path`` when the block ends well, and vanishes when it does not.
 
     The bytes are on the disk before the name is, and the name is before this returns: a crash at any instant leaves
-    either the old file, or the new one, plus at most one ``*.tmp`` beside it.
+    either the old file, or the new one, plus at most one ``*.tmp`` beside it, which the next writer takes over. Of two
+    writers at a time each has a file of its own, and the last to end wins.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        with open(temporary, "wb") as file:
-            yield cast(BinaryIO, file)
+    temporary, file = _open_temporary(path)
+    with file:
+        try:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+            if fcntl is None:
+                file.close()  # Windows renames no open file; elsewhere it is locked until it has its name
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """An empty file beside ``path``, locked: ``{name}.tmp``, or, while another writer is at that one, a random name."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    descriptor = os.open(temporary, _CREATE, 0o666)
+    if not _taken(descriptor, temporary):
+        os.ftruncate(descriptor, 0)
+    else:
+        os.close(descriptor)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        descriptor = os.open(temporary, _CREATE | os.O_EXCL, 0o666)
+    return temporary, os.fdopen(descriptor, "wb")
+
+
+def _taken(descriptor: int, path: Path) -> bool:
+    """Lock an open file; True if another writer holds it, or has already given it another name."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        pass
+    return not _is_file(descriptor, path)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that ``path`` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -128,11 +166,7 @@ class FolderLock:
                     f"{folder} is being written by another process; wait until it ends, or choose another folder"
                 ) from None
             # The last holder may have removed the file between our open and our lock: then this lock is worth nothing.
-            try:
-                current = os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-            except FileNotFoundError:
-                current = False
-            if current:
+            if _is_file(descriptor, self._path):
                 self._descriptor = descriptor
             else:
                 os.close(descriptor)
@@ -140,6 +174,8 @@ class FolderLock:
     def release(self) -> None:
         """Remove the lock file and let others in; a second call does nothing."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            # The folder may have been moved, and another one locked in its place.
+            if _is_file(self._descriptor, self._path):
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None

@@ -73,7 +73,8 @@ def write_folder(
     that an interrupted call left is written again, with the same bytes; a whole one is left alone.
 
     Raises LessFastError where there are no rows, where the folder holds such files that less_fast did not write, or
-    wrote with other facts, and where the disk is full.
+    wrote with other facts or of other rows, where ``blocks`` has not as many rows as ``rows``, and where the disk is
+    full.
     """
     folder = Path(folder)
     excluded = excluded or {}
@@ -83,6 +84,8 @@ def write_folder(
         "excluded": {str(row): reason for row, reason in sorted(excluded.items())},
         "dtype": dtype,
         "rows_per_part": every,
+        "n_rows": len(rows),
+        "rows_hash": rows.hash,
     }
     begun = json.loads(json.dumps(begun, allow_nan=False))
     try:
@@ -91,7 +94,7 @@ def write_folder(
         try:
             if _is_done(folder, begun):
                 return
-            _claim(folder, begun)
+            _claim(folder, begun, prefix)
             for count, part in _parts(blocks, every):
                 for row in range(count - len(part), count):
                     if row in excluded:
@@ -99,7 +102,9 @@ def write_folder(
                 save_tensor(torch.from_numpy(part).to(DTYPES[dtype]), folder / f"{prefix}-{count}.pt")
             names = [NORMALISED, UNNORMALISED] if prefix == "grads" else [NORMALISED]
             for name in names:
-                merge_parts(folder, prefix, normalised=name == NORMALISED)
+                n = merge_parts(folder, prefix, normalised=name == NORMALISED)
+                if n != len(rows):
+                    raise LessFastError(f"{folder}: was given {n} rows of features for {len(rows)} examples; give all")
             with atomic_file(folder / ROWS_NAME) as file:
                 file.write(rows.to_parquet())
             names.append(ROWS_NAME)
@@ -116,10 +121,16 @@ def write_store(
     """Write a store's rows as a folder of LESS's; errors as for :func:`write_folder`."""
     width = DTYPES[dtype].itemsize
     if not is_whole(folder):
-        check_free_space(Path(folder), 4 * len(store) * store.dim * width)  # parts, two tables, and one in the making
+        needed = 4 * len(store) * store.dim * width  # parts, two tables, and one in the making
+        check_free_space(Path(folder), needed - replaced_bytes(Path(folder)))
     facts = {name: value for name, value in store.facts.items() if name != "layout"}  # its hash says as much
     blocks = (block for _, block in store.blocks(every))
     write_folder(folder, blocks, facts=facts, excluded=excluded_rows(store), rows=store.rows, every=every, dtype=dtype)
+
+
+def replaced_bytes(folder: Path, prefix: str = "grads") -> int:
+    """The size of what :func:`write_folder` removes before it writes: the room that an interrupted call has taken."""
+    return sum(path.stat().st_size for path in _tensor_files(folder, prefix))
 
 
 def excluded_rows(store: FeatureStore) -> dict[int, str]:
@@ -128,33 +139,49 @@ def excluded_rows(store: FeatureStore) -> dict[int, str]:
     return {int(row): _REASONS[Status(status[row])] for row in np.flatnonzero(status != Status.OK)}
 
 
-def merge_parts(folder: str | PathLike[str], prefix: str = "grads", *, normalised: bool) -> None:
+def merge_parts(folder: str | PathLike[str], prefix: str = "grads", *, normalised: bool) -> int:
     """Join ``{prefix}-{count}.pt`` to ``all_orig.pt`` (each row divided by its norm) or ``all_unormalized.pt``.
 
-    Norms are taken part by part in the parts' own dtype, as in LESS. One part is in memory at a time.
+    Norms are taken part by part in the parts' own dtype, as in LESS. One part is in memory at a time. Returns the
+    number of rows. Raises LessFastError where there are no parts, or parts that do not fit each other.
     """
     folder = Path(folder)
-    found = {int(match[2]): path for path in folder.iterdir() if (match := _PART.fullmatch(path.name))}
-    parts = [path for _, path in sorted(found.items()) if path.name.startswith(prefix)]
+    parts = _part_files(folder, prefix)
     if not parts:
         raise LessFastError(f"{folder}: holds no {prefix}-<count>.pt to merge; collect the features first")
     out = folder / (NORMALISED if normalised else UNNORMALISED)
     spool = folder / f"{out.name}.rows.tmp"
     try:
         n = 0
-        dim = read_folder(parts[0]).shape[1]
+        first = read_folder(parts[0])
+        dim = first.shape[1]
         with open(spool, "wb") as file:
             for path in parts:
                 part = read_folder(path)
                 if part.shape[1] != dim:
                     raise LessFastError(f"{path}: has {part.shape[1]} columns, but {parts[0].name} {dim}; remove one")
+                if part.dtype != first.dtype:
+                    raise LessFastError(f"{path}: is {part.dtype}, but {parts[0].name} {first.dtype}; remove one")
                 part = _normalise(part) if normalised else part
-                file.write(np.ascontiguousarray(part.numpy()).data)
+                file.write(part.contiguous().view(torch.uint8).numpy().data)  # numpy knows no bfloat16
                 n += len(part)
-        rows = torch.from_file(str(spool), shared=False, size=n * dim, dtype=part.dtype)
+        rows = torch.from_file(str(spool), shared=False, size=n * dim, dtype=first.dtype)
         save_tensor(rows.view(n, dim), out)
+        return n
     finally:
         spool.unlink(missing_ok=True)
+
+
+def _part_files(folder: Path, prefix: str) -> list[Path]:
+    """The parts of one prefix, in the order of their numbers."""
+    matches = [(match, path) for path in folder.glob("*.pt") if (match := _PART.fullmatch(path.name))]
+    found = {int(match[2]): path for match, path in matches if match[1] == prefix}
+    return [path for _, path in sorted(found.items())]
+
+
+def _tensor_files(folder: Path, prefix: str) -> list[Path]:
+    tables = [folder / name for name in (NORMALISED, UNNORMALISED)]
+    return [*_part_files(folder, prefix), *(path for path in tables if path.exists())]
 
 
 def _normalise(rows: Tensor) -> Tensor:
@@ -261,8 +288,12 @@ def _is_done(folder: Path, begun: dict[str, Any]) -> bool:
     return files is not None and content == begun and all((folder / name).exists() for name in files)
 
 
-def _claim(folder: Path, begun: dict[str, Any]) -> None:
-    """With the lock held: make sure that what lies there is ours and of the same facts, and mark it as unfinished."""
+def _claim(folder: Path, begun: dict[str, Any], prefix: str) -> None:
+    """With the lock held: make sure that what lies there is ours and of the same rows; mark it as unfinished, empty it.
+
+    Nothing that was not written now may come into the tables. The mark is first: a crash leaves no folder that looks
+    whole.
+    """
     content = _sidecar_content(folder)
     if content is None:
         foreign = sorted(
@@ -279,6 +310,8 @@ def _claim(folder: Path, begun: dict[str, Any]) -> None:
         )
     remove_temporaries(folder)
     _write_json(folder / SIDECAR, begun)
+    for path in _tensor_files(folder, prefix):
+        path.unlink()
 
 
 def _sidecar_content(folder: Path) -> dict[str, Any] | None:

@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from less_fast.compat.less.files import SIDECAR, excluded_rows, is_whole, read_sidecar, write_folder
+from less_fast.compat.less.files import SIDECAR, excluded_rows, is_whole, read_sidecar, replaced_bytes, write_folder
 from less_fast.compat.less.tokens import TokenSource
 from less_fast.errors import LessFastError
 from less_fast.extraction import device_kind, versions
@@ -25,9 +25,9 @@ from less_fast.store import FeatureStore, StoreWriter
 from less_fast.store.files import FolderLock, check_free_space, failed_write
 from less_fast.store.manifest import differences
 
-# Where unfinished work lies in the output folder, and its name from the moment it is no longer needed.
+# Where unfinished work lies in the output folder, and where in there a store goes when it is no longer needed.
 WORK_NAME = ".less_fast"
-DONE_NAME = ".less_fast.done"
+DONE_NAME = ".done"
 # Rows that are computed, and kept, at a time; four of LESS's parts.
 SHARD_SIZE = 640
 
@@ -62,6 +62,21 @@ class Folder:
     facts: Mapping[str, Any]
 
 
+@dataclass
+class Work:
+    """The hidden folder of unfinished work, while it is locked; ``used``: the stores to be removed at a good end.
+
+    It may hold stores of other calls that were interrupted: other dims, or the losses.
+    """
+
+    path: Path
+    used: list[str] = field(default_factory=list)
+
+    def stores(self) -> set[str]:
+        """The names of all stores in it."""
+        return {entry.name for entry in self.path.iterdir() if entry.is_dir() and entry.name != DONE_NAME}
+
+
 def write_folders(out: Path, folders: Sequence[Folder], prefix: str, run: Run) -> None:
     """Bring LESS's files into every folder; those that are there already stay, and an interrupted run goes on.
 
@@ -70,18 +85,26 @@ def write_folders(out: Path, folders: Sequence[Folder], prefix: str, run: Run) -
     shared = shared_facts(run)
     wanted = [(folder, {**shared, **folder.facts}) for folder in folders]
     with working_folder(out) as work:
-        missing = [folder for folder, facts in wanted if not _is_there(folder.path, facts)]
+        missing = {folder.name for folder, facts in wanted if not _is_there(folder.path, facts)}
+        stores = work.stores()
+        # What was begun together is finished together: one output may have been reduced from another.
+        needed = missing | stores if missing & stores else missing
+        begun = [pair for pair in wanted if pair[0].name in needed]
+        # Stores of whole folders go, unless another one may have been begun together with them.
+        if (left := {folder.name for folder in folders} - needed) >= stores - needed:
+            work.used += sorted(left & stores)
         if not missing:
             logger.warning("%s: made already, with the same settings; nothing is to be done", out)
             return
-        # What was begun together is finished together: one output may have been reduced from another.
-        begun = [pair for pair in wanted if pair[0] in missing or (work / pair[0].name).exists()]
         for folder, _ in begun:
             _check_ours(folder.path)
-        dims = sum(folder.output.projection.dim for folder in missing)
-        check_free_space(out, 16 * len(run.source) * dims)  # parts, two tables, and what one is joined from
-        stores = compute(work, [(folder.name, folder.output, facts) for folder, facts in begun], run)
-        for (folder, facts), store in zip(begun, stores):
+        room = 0
+        for folder in (folder for folder in folders if folder.name in missing):
+            room += 16 * len(run.source) * folder.output.projection.dim  # parts, two tables, what one is joined from
+            room -= replaced_bytes(folder.path, prefix)
+        check_free_space(out, room)
+        finished = compute(work, [(folder.name, folder.output, facts) for folder, facts in begun], run)
+        for (folder, facts), store in zip(begun, finished):
             write_folder(
                 folder.path,
                 (block for _, block in store.blocks(SHARD_SIZE)),
@@ -98,8 +121,8 @@ def shared_facts(run: Run) -> dict[str, Any]:
     return {**fingerprint(run.model), **run.source.facts, "numerics": {"model_dtype": dtype}}
 
 
-def compute(work: Path, wanted: Sequence[tuple[str, Output, Mapping[str, Any]]], run: Run) -> list[FeatureStore]:
-    """A finished store in ``work`` for each (name, output, facts); call it with the folder's lock held."""
+def compute(work: Work, wanted: Sequence[tuple[str, Output, Mapping[str, Any]]], run: Run) -> list[FeatureStore]:
+    """A finished store in ``work`` for each (name, output, facts), there until the folder's block ends well."""
     extractor = run.extractor([output for _, output, _ in wanted])
     budget = run.token_budget
     if budget == "auto":
@@ -118,7 +141,7 @@ def compute(work: Path, wanted: Sequence[tuple[str, Output, Mapping[str, Any]]],
         writers = [
             stack.enter_context(
                 StoreWriter(
-                    work / name,
+                    work.path / name,
                     {**facts, **shared},
                     run.source.rows,
                     dim=output.projection.dim,
@@ -130,31 +153,48 @@ def compute(work: Path, wanted: Sequence[tuple[str, Output, Mapping[str, Any]]],
         ]
         ShardJob(extractor, len(run.source), run.source.encode, budget).run(writers, run.progress)
         stores = [writer.close() for writer in writers]
+    work.used += [name for name, _, _ in wanted]
     _report(stores[0])
     return stores
 
 
 @contextmanager
-def working_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder for unfinished work, locked; it goes when the block ends well, and else waits for the next run.
+def working_folder(out: Path) -> Iterator[Work]:
+    """The folder of unfinished work, locked; what was used goes when the block ends well, and else waits for the next.
 
-    It is renamed before it is removed, so that what lies under its name is always whole.
+    A store is moved before it is removed, so that what lies under its name is always whole. Raises LessFastError while
+    another process holds the folder.
     """
-    work, done = out / WORK_NAME, out / DONE_NAME
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(work)
-    except OSError as error:
-        raise failed_write(work, error, "nothing was written") from error
+    work, done = out / WORK_NAME, out / WORK_NAME / DONE_NAME
+    lock = _lock(work)
     try:
         shutil.rmtree(done, ignore_errors=True)
-        yield work
-        os.replace(work, done)
+        content = Work(work)
+        yield content
+        try:
+            for name in content.used:
+                done.mkdir(exist_ok=True)
+                os.replace(work / name, done / name)
+        except OSError as error:
+            raise failed_write(work, error, "the files are finished; remove this folder") from error
         shutil.rmtree(done, ignore_errors=True)
     finally:
         lock.release()
         with suppress(OSError):
-            work.rmdir()  # only where nothing was begun
+            work.rmdir()  # only where it is empty, which it is not while another process holds it
+
+
+def _lock(work: Path) -> FolderLock:
+    """Make the folder and lock it."""
+    try:
+        while True:
+            work.mkdir(parents=True, exist_ok=True)
+            try:
+                return FolderLock(work)
+            except FileNotFoundError:  # another process has ended, and removed the folder, between the two
+                continue
+    except OSError as error:
+        raise failed_write(work, error, "nothing was written") from error
 
 
 def _report(store: FeatureStore) -> None:
