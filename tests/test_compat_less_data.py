@@ -268,7 +268,7 @@ def test_broken_tasks_are_refused_by_name(data: Path, tmp_path: Path) -> None:
             get_dataset(task, data_dir=data, tokenizer=small_tokenizer("words"), max_length=64, **options)
         return str(caught.value)
 
-    assert refusal("gsm8k").startswith("task is 'gsm8k'; expected one of bbh, tydiqa, mmlu, or a .jsonl file")
+    assert refusal("gsm8k").startswith("task gsm8k: no such file, and none of the tasks bbh, tydiqa, mmlu")
     assert "nowhere.jsonl: no such file" in refusal("x", task_file=tmp_path / "nowhere.jsonl")
     write(
         data / "eval/bbh/bbh-three-shot.json",

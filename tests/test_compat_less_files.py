@@ -286,3 +286,23 @@ def test_missing_files_and_unreadable_sidecars_are_named(tmp_path):
     (tmp_path / "less_fast.json").write_text('{"schema_version": 9}')
     with pytest.raises(LessFastError, match="upgrade less_fast"):
         read_sidecar(tmp_path)
+
+
+def test_a_finished_folder_that_lost_a_table_is_made_again(tmp_path):
+    store = make_store(tmp_path / "store", np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32))
+    write_store(store, tmp_path / "folder")
+    before = (tmp_path / "folder" / "all_orig.pt").read_bytes()
+    assert is_whole(tmp_path / "folder")
+    (tmp_path / "folder" / "all_orig.pt").unlink()
+    assert not is_whole(tmp_path / "folder")
+    write_store(store, tmp_path / "folder")
+    assert (tmp_path / "folder" / "all_orig.pt").read_bytes() == before
+
+
+def test_a_table_that_is_cut_off_is_named(tmp_path):
+    store = make_store(tmp_path / "store", np.random.default_rng(0).standard_normal((500, 64), dtype=np.float32))
+    write_store(store, tmp_path / "folder")
+    table = tmp_path / "folder" / "all_orig.pt"
+    table.write_bytes(table.read_bytes()[:20000])
+    with pytest.raises(LessFastError, match=r"all_orig\.pt: cannot be read"):
+        read_folder(tmp_path / "folder")

@@ -273,6 +273,14 @@ def test_checkpoints_of_other_examples_are_not_added_up(tmp_path):
         influence_scores([target, target], {"t": [tmp_path / "a", tmp_path / "c"]}, [1, 1])
 
 
+def test_rows_of_different_checkpoints_are_compared_with_a_warning(tmp_path):
+    rows = random_rows(6, 1).numpy()
+    for name, adapter in (("a", "checkpoint-12"), ("b", "checkpoint-24")):
+        write_store(make_store(tmp_path / f"{name}-store", rows, adapter=adapter), tmp_path / name)
+    with pytest.warns(UserWarning, match="were made with different adapters"):
+        influence_scores([tmp_path / "a"], {"t": [tmp_path / "b"]}, [1])
+
+
 def test_subtasks_of_equal_size_by_name_are_those_of_less_by_number(tmp_path):
     targets, train = random_rows(81, 1).numpy(), random_rows(50, 2).numpy()
     for task, names in (("named", [f"s{row // 3}" for row in range(81)]), ("bbh", [None] * 81)):

@@ -120,3 +120,10 @@ def test_files_that_cannot_serve_are_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(LessFastError, match="expected one score per row"):
         select(tmp_path, {"a": tmp_path / "b.jsonl"}, "--max_samples", "1")
+
+
+def test_a_selection_of_nothing_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 3)
+    write_scores(tmp_path / "t", a=[-np.inf, np.nan, -np.inf])
+    with pytest.raises(LessFastError, match="none of 3 rows has a score that counts"):
+        select(tmp_path, {"a": tmp_path / "a.jsonl"}, "--max_samples", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from support.tiny import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from less_fast import FeatureExtractor, Projection, load_model
+from less_fast import FeatureExtractor, LessFastError, Projection, load_model
+from less_fast.compat.less.loading import load_less_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,3 +44,14 @@ def test_features_of_a_bfloat16_model_are_those_of_the_float32_one_up_to_its_rou
     assert features["bfloat16"].dtype == torch.float32
     difference = (features["bfloat16"] - features["float32"]).norm(dim=1) / features["float32"].norm(dim=1)
     assert 0 < difference.max() < 0.05
+
+
+def test_an_adapter_that_is_cut_off_is_named(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = paths
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(LessFastError, match="adapter"):
+        load_model(base, tmp_path / "adapter", device="cpu")
+    with pytest.raises(LessFastError, match="adapter's weights cannot be read"):
+        load_less_model(tmp_path / "adapter", device="cpu")

@@ -67,12 +67,13 @@ def load_model(
     _require_folder(model_path)
     if adapter_path is not None:
         _require_folder(adapter_path)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         with _quiet_loading():
             model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=_DTYPES[dtype])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LessFastError(f"{model_path}: no causal language model could be loaded ({_first_line(error)})") from error
     has_own_tokenizer = adapter_path is not None and (Path(adapter_path) / "tokenizer_config.json").exists()
     tokenizer_path = adapter_path if has_own_tokenizer and adapter_path is not None else model_path
@@ -84,7 +85,7 @@ def load_model(
         try:
             # PEFT's default is float32 whatever the model's dtype, which doubles what adapters' inputs take on a GPU.
             model = PeftModel.from_pretrained(model, str(adapter_path), autocast_adapter_dtype=False)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise LessFastError(
                 f"{adapter_path}: the adapter does not fit {model_path} ({_first_line(error)})"
             ) from error

@@ -63,7 +63,9 @@ def load_inert(file: Path) -> Any:
 
 def unreadable(file: Path, error: Exception) -> LessFastError:
     """The error for a file that cannot be read, with the reader's own reason."""
-    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:_LONGEST_REASON]
+    # torch's text on what it does not load goes on to advise loading it all the same.
+    said = [] if isinstance(error, pickle.UnpicklingError) else str(error).strip().splitlines()[:1]
+    reason = ": ".join([type(error).__name__, *said])[:_LONGEST_REASON]
     return LessFastError(f"{file}: not a readable optimizer file ({reason}); copy or save the checkpoint again")
 
 

@@ -154,13 +154,16 @@ def write_losses(
         fine = store.status == Status.OK
         losses, counts = store[:][:, 0].astype(np.float64), store.n_labels.astype(np.int64)
         n_tokens = int(counts[fine].sum())
-        if not n_tokens:
-            raise LessFastError(f"none of {len(store)} examples has a label token with a loss; look at their format")
-        result = {"num_tokens": n_tokens, "loss": float((losses * counts)[fine].sum() / n_tokens)}
-        each = [float(loss) if ok else None for loss, ok in zip(losses, fine)]
-        for name, content in ((LOSSES_NAME, each), ("loss.txt", result)):
-            with atomic_file(Path(output_dir) / name) as file:
-                file.write(json.dumps(content, indent=4).encode())
+        if n_tokens:
+            result = {"num_tokens": n_tokens, "loss": float((losses * counts)[fine].sum() / n_tokens)}
+            each = [float(loss) if ok else None for loss, ok in zip(losses, fine)]
+            for name, content in ((LOSSES_NAME, each), ("loss.txt", result)):
+                with atomic_file(Path(output_dir) / name) as file:
+                    file.write(json.dumps(content, indent=4).encode())
+    if not n_tokens:  # after the work is put away, or a corrected command would meet it
+        raise LessFastError(
+            f"none of {len(store)} examples has a label token with a loss; look at their format, or raise max_length"
+        )
 
 
 def merge_and_normalize_info(output_dir: str | PathLike[str], prefix: str = "reps") -> None:

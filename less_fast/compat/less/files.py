@@ -191,9 +191,9 @@ def _normalise(rows: Tensor) -> Tensor:
 
 
 def is_whole(folder: str | PathLike[str]) -> bool:
-    """Whether less_fast has finished writing this folder."""
-    content = _sidecar_content(Path(folder))
-    return content is not None and "files" in content
+    """Whether less_fast has finished writing this folder, and its tables are still there."""
+    files = (_sidecar_content(Path(folder)) or {}).get("files")
+    return files is not None and all((Path(folder) / name).exists() for name in files)
 
 
 def read_folder(path: str | PathLike[str], *, normalised: bool = True) -> Tensor:
@@ -257,8 +257,14 @@ def load_value(path: Path) -> Any:
         raise LessFastError(
             f"{path}: holds something else than tensors, lists and numbers; save it as a tensor"
         ) from None
+    except OSError as error:  # not allowed to, or cut off where it is mapped
+        raise LessFastError(
+            f"{path}: cannot be read ({error.strerror or error}); if it is damaged, remove it and make it again"
+        ) from None
     except (RuntimeError, EOFError, IndexError, KeyError, ValueError) as error:
-        raise LessFastError(f"{path}: cannot be read as a file of torch.save ({type(error).__name__})") from None
+        raise LessFastError(
+            f"{path}: cannot be read as a file of torch.save ({type(error).__name__}); make it again"
+        ) from None
 
 
 def save_tensor(value: Any, path: Path) -> None:
@@ -320,6 +326,8 @@ def _sidecar_content(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise LessFastError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError:
         raise LessFastError(f"{path}: not valid JSON; restore it, or make the folder again") from None
     if not isinstance(content, dict) or content.get("schema_version") != _SCHEMA_VERSION:

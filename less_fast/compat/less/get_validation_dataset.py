@@ -62,7 +62,7 @@ def validation_tokens(
     file = task_file if task_file is not None else task if task not in TASKS else None
     if file is not None:
         if task_file is None and not Path(file).exists():
-            raise LessFastError(f"task is {task!r}; expected one of {', '.join(TASKS)}, or a .jsonl file of examples")
+            raise LessFastError(f"task {task}: no such file, and none of the tasks {', '.join(TASKS)}")
         examples = load_examples(str(file))
         encoded = encode_all(list(examples), tokenizer, TEMPLATE, max_length)
         return Rows(examples.ids, examples.datasets, examples.subtasks), encoded

@@ -205,7 +205,9 @@ def _report(store: FeatureStore) -> None:
     for reason in sorted(set(excluded.values())):
         rows = [row for row, why in excluded.items() if why == reason]
         first = ", ".join(store.rows.ids[row] for row in rows[:3])
-        logger.warning("%d of %d examples: %s; their rows are zeros (first: %s)", len(rows), len(store), reason, first)
+        hint = " (a larger max_length may leave them some)" if reason == "no labels" else ""
+        text = "%d of %d examples: %s%s; their rows are zeros and can't be selected (first: %s)"
+        logger.warning(text, len(rows), len(store), reason, hint, first)
 
 
 def _is_there(folder: Path, facts: Mapping[str, Any]) -> bool:

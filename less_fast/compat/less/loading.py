@@ -65,11 +65,12 @@ def load_less_model(
 
 
 def _load_base(path: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LessFastError(f"{path}: no causal language model could be loaded ({_first_line(error)})") from error
 
 
@@ -87,10 +88,11 @@ def _base_of(adapter: Path) -> str:
 
 def _adapter_weights(adapter: Path) -> dict[str, torch.Tensor]:
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
     try:
         return load_peft_weights(str(adapter), device="cpu")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LessFastError(f"{adapter}: the adapter's weights cannot be read ({_first_line(error)})") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import string
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -163,6 +164,9 @@ def _check_pair(train: _Path, target: _Path) -> None:
                 f"{train} and {target} cannot be compared: {name} is {a} in the first and {b} in the second; "
                 "collect one of them again with the settings of the other"
             )
+    for name in ("model", "adapter"):
+        if ours.facts.get(name) != theirs.facts.get(name):
+            warnings.warn(f"{train} and {target} were made with different {name}s", stacklevel=4)
 
 
 def _refuse_unusable(task: str, path: _Path, rows: Tensor) -> None:
@@ -173,10 +177,12 @@ def _refuse_unusable(task: str, path: _Path, rows: Tensor) -> None:
     reasons |= sidecar.excluded if sidecar else {}
     if bad := sorted(reasons):
         name = f" ({sidecar.rows.ids[bad[0]]})" if sidecar else ""
+        short = reasons[bad[0]] == "no labels"
+        remedy = "raise max_length, or leave it out of the examples," if short else "leave it out of the examples"
         more = f", and so are {len(bad) - 1} more" if len(bad) > 1 else ""
         raise LessFastError(
             f"{path}: row {bad[0]}{name} of task {task} is unusable ({reasons[bad[0]]}){more}, so that scores would "
-            "mean nothing; remove it from the task's examples and collect their gradients again"
+            f"mean nothing; {remedy} and collect the task's gradients again"
         )
 
 

@@ -126,6 +126,10 @@ def write_selection(
     ranking = rank(scores)
     total = len(ranking.scores)
     count = _count(total, max_samples, percentage)
+    if not ranking.n_finite:
+        raise LessFastError(
+            f"{folder}: none of {total} rows has a score that counts; look at what get_info reported of their examples"
+        )
     if count > ranking.n_finite:
         warnings.warn(f"{count} rows were asked for, but only {ranking.n_finite} of {total} are usable", stacklevel=2)
         count = ranking.n_finite
