@@ -73,7 +73,8 @@ def config(
         rows = 64 if block >= 64 else 128  # 64 is the fewest that an H100's products have
         width = min(rows // min(16, triton.next_power_of_2(n_examples)), triton.next_power_of_2(slots))
         examples = rows // width
-        warps = 4 if rows * block <= 4096 else 8
+        # Four warps of a B200 keep two words of one product on the stack.
+        warps = 8 if rows * block > 4096 or (mixing == PRODUCT and capability >= 100) else 4
         stages = min(4, 1 + _IN_FLIGHT // (rows * block * dtype.itemsize))
     total = -(-short * -(-long // block) // slots)
     steps, chunks = chunked(total, 8)

@@ -18,11 +18,10 @@ compiler, dense, lists, sjlt, srht = (kernels(name) for name in ("compile", "den
 BUDGETS = json.loads((Path(__file__).parent / "triton_budgets.json").read_text())
 # Bytes of the stack, two or four words, that ptxas prefers to fewer programs at a time, for Triton 3.6 or for 3.9.
 STACK = {("srht_128_fp32", 90): 8, ("srht_4096_fp32_adam", 100): 8, ("rademacher_fp32", 100): 8}
-STACK |= {("srht_64_bf16", 100): 8, ("gaussian_bf16", 100): 16}
+STACK |= {("gaussian_bf16", 100): 16}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program can have
 VARIANTS = {capability: {v.name: v for v in lists.variants(capability)} for capability in compiler.CAPABILITIES}
-# float16 differs from bfloat16 in one conversion of a register: one architecture is enough for it.
-CASES = [(name, c) for c in compiler.CAPABILITIES for name in VARIANTS[c] if c == 90 or "fp16" not in name]
+CASES = [(name, c) for c in compiler.CAPABILITIES for name in VARIANTS[c]]
 SMALLEST = {variant.kernel: variant for variant in VARIANTS[90].values()}.values()
 # Sizes that Triton turns into constants where they are 1: one example, a flat vector, K = 1, one slot.
 MAY_BE_ONE = (

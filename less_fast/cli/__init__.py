@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from less_fast.cli import features, run, scores, tools
-from less_fast.cli.output import disk_is_full
+from less_fast.cli.output import disk_is_full, print_warnings
 from less_fast.errors import LessFastError
 
 # Typer has carried a copy of click since 0.20, so the class is found by what is public in every version.
@@ -86,10 +86,6 @@ def _start(
         print(ctx.get_help())
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def main() -> None:
     """The entry point of the command."""
     # Before transformers is imported: its bars and hints are about loading weights, not about the work.
@@ -102,5 +98,5 @@ def main() -> None:
     logging.addLevelName(logging.WARNING, "warning")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", module=r"less_fast\b")
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    print_warnings()
     app(prog_name="less-fast")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,15 @@ def only_results_on_stdout() -> Iterator[None]:
     """Whatever libraries print while the work goes on belongs to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def print_warnings() -> None:
+    """From now on a warning is one line on standard error, without the place in the code that it came from."""
+
+    def print_one(message: Warning | str, *_: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = print_one  # type: ignore[assignment]  # the hook is passed more, by position
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
