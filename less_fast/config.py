@@ -86,7 +86,9 @@ class RunConfig:
     nnz: int = _field(1, "Non-zeros per column of sjlt.")
     adam_rule: Literal["less", "torch"] = _field("less", "Adam's update as in the code of LESS, or as in torch.optim.")
 
-    store_dtype: Literal["float32", "float16", "bfloat16"] = _field("float32", "Type that features are stored in.")
+    store_dtype: Literal["float32", "float16", "bfloat16", "int8", "1bit"] = _field(
+        "float32", "Type that features are stored in; int8 and 1bit are for the pool, its targets are then float32."
+    )
     token_budget: int | Literal["auto"] = _field(
         "auto", "Tokens per batch, padding included; auto: what fits the device."
     )

@@ -80,7 +80,7 @@ def extract_many(
     tokenizer : default: the one saved where the model was loaded from.
     template : ``tulu`` (LESS's chat format and label mask), ``chat`` (the tokenizer's own) or ``raw``.
     max_length : tokens an example is cut to.
-    dtype : of the stored features: float32, float16 or bfloat16.
+    dtype : of the stored features: float32, float16, bfloat16, int8 or 1bit.
     token_budget : tokens a batch may have, padding included. ``auto`` derives it from the device; an out-of-memory
         halves it.
     shard_size : examples a shard holds; the unit of work, resume and checksums. Lengths are sorted within it.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from less_fast.ahead import ahead
 from less_fast.data import Encoded, collate, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor
@@ -28,9 +29,6 @@ logger = logging.getLogger("less_fast")
 
 # Batches whose features are on their way to the host while the next one is started.
 _IN_FLIGHT = 2
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 class ShardJob:
@@ -66,7 +64,7 @@ class ShardJob:
         ):
             meter = _TokenMeter(bar)
             windows = ((shard, range(*bounds[shard])) for shard in pending)
-            for shard, encoded in _ahead(tokenizing, self._encoded, windows):
+            for shard, encoded in ahead(tokenizing, self._encoded, windows):
                 self.budget = min([first_budget, *(budget for number, budget in budgets if number < shard)])
                 arrays, status = self._features(encoded, collating, meter)
                 budgets.append((shard, self.budget))
@@ -133,7 +131,7 @@ class ShardJob:
 
         batches = plan_batches(lengths, self.budget, self.extractor.max_examples, packed=self.extractor.batches.packed)
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
-        for batch, tensors in _ahead(collating, collated, batches):
+        for batch, tensors in ahead(collating, collated, batches):
             result = self.extractor(tensors)
             in_flight.append((batch, result.n_labels, Fetch([result.losses, *result.features])))
             if len(in_flight) > _IN_FLIGHT:
@@ -143,17 +141,6 @@ class ShardJob:
         for array in features:
             array[status != Status.OK] = 0.0
         return features, status
-
-
-def _ahead(thread: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
-    """``make(item)`` of every item in order; the thread makes the next one while the caller works with this one."""
-    waiting: deque[Future[_Made]] = deque()
-    for item in items:
-        waiting.append(thread.submit(make, item))
-        if len(waiting) > 1:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _call_all(calls: Sequence[Callable[[], object]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -11,15 +12,23 @@ from typing import Any
 
 from less_fast.errors import CorruptStoreError, LessFastError
 from less_fast.store.codec import CODECS, Codec
-from less_fast.store.files import atomic_file
+from less_fast.store.files import atomic_file, open_regular
 from less_fast.store.rows import Rows
+from less_fast.store.strict_json import parse_json, shown
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # the newest that is read; a store is written in the first version that has its dtype
 FILE_NAME = "manifest.json"
 ROWS_NAME = "rows.parquet"
 SHARDS_NAME = "shards"
 _SIZES = ("n_rows", "dim", "shard_size")
 _RESERVED = ("schema_version", *_SIZES, "dtype", "rows", "shards", "sha256")
+# Lowest and highest: a size that is not exact in every JSON reader, or a table of shards that is slow to read and is
+# written anew with every shard, is a mistake or an attack.
+_LIMITS = {"n_rows": (0, 2**53 - 1), "dim": (1, 2**31 - 1), "shard_size": (1, 2**53 - 1)}
+_MOST_SHARDS = 1 << 18
+_MOST_BYTES = 1 << 28
+_LONGEST_NAME = 1000
+_SHARD_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class ShardEntry:
     sha256: str
     bytes: int
     facts: dict[str, Any]
+
+
+_ENTRY = set(ShardEntry.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,20 @@ class Manifest:
     shards: dict[int, ShardEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, lowest in (("n_rows", 0), ("dim", 1), ("shard_size", 1)):
+        for name in ("rows_hash", "rows_sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise LessFastError(f"store {name} is {shown(getattr(self, name))}; expected a string")
+        for name, (lowest, highest) in _LIMITS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise LessFastError(f"store {name} is {value!r}; expected an integer of at least {lowest}")
-        if self.dtype not in CODECS:
-            raise LessFastError(f"store dtype is {self.dtype!r}; expected one of {', '.join(CODECS)}")
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+                raise LessFastError(f"store {name} is {shown(value)}; expected an integer from {lowest} to {highest}")
+        if self.n_shards > _MOST_SHARDS:
+            raise LessFastError(
+                f"store shard_size is {self.shard_size}, which makes {self.n_shards} shards of {self.n_rows} rows; "
+                f"expected at most {_MOST_SHARDS} shards"
+            )
+        if not isinstance(self.dtype, str) or self.dtype not in CODECS:
+            raise LessFastError(f"store dtype is {shown(self.dtype)}; expected one of {', '.join(CODECS)}")
         if taken := sorted(set(_RESERVED) & set(self.facts)):
             raise LessFastError(f"facts may not be named {', '.join(taken)}: the manifest has keys of that name")
 
@@ -88,7 +108,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The JSON of the file; equal manifests give equal bytes."""
         fields = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.codec.schema,
             **{name: getattr(self, name) for name in (*_SIZES, "dtype")},
             **self.facts,
             "rows": {"file": ROWS_NAME, "content_sha256": self.rows_hash, "sha256": self.rows_sha256},
@@ -111,25 +131,34 @@ class Manifest:
         """The inverse of :meth:`to_dict`.
 
         Raises LessFastError if a newer version wrote it, CorruptStoreError if a field is missing, of the wrong type,
-        or a shard is not where it should be (a path that leaves the store is never followed).
+        or a shard is not where it should be. A path that leaves the store by its name is refused; links are followed,
+        since a name in a file can't make one: whoever did chose where it leads.
         """
         version = fields.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise LessFastError(
-                f"{path} has schema version {version}, but this less_fast reads up to {SCHEMA_VERSION}; "
+                f"{path} has schema version {shown(version)}, but this less_fast reads up to {SCHEMA_VERSION}; "
                 "upgrade less_fast"
             )
         try:
-            if version != SCHEMA_VERSION:
-                raise LessFastError(f"schema_version is {version!r}; expected {SCHEMA_VERSION}")
-            rows = fields["rows"]
+            if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+                raise LessFastError(f"schema_version is {shown(version)}; expected 1 to {SCHEMA_VERSION}")
+            rows, entries = fields["rows"], fields["shards"]
+            if not isinstance(rows, dict) or rows.get("file", ROWS_NAME) != ROWS_NAME:
+                raise LessFastError(f"rows is {shown(rows)}; expected an object with {ROWS_NAME!r} as file")
+            if not isinstance(entries, list):
+                raise LessFastError(f"shards is {shown(entries)}; expected a list")
             manifest = cls(
                 **{name: fields[name] for name in (*_SIZES, "dtype")},
                 facts={name: value for name, value in fields.items() if name not in _RESERVED},
                 rows_hash=rows["content_sha256"],
                 rows_sha256=rows["sha256"],
             )
-            for row in fields["shards"]:
+            if version < manifest.codec.schema:
+                raise LessFastError(f"schema version {version} has no dtype {manifest.dtype}")
+            for row in entries:
+                if not isinstance(row, dict) or set(row) != _ENTRY:
+                    raise LessFastError(f"an entry of shards is {shown(row)}; expected {', '.join(sorted(_ENTRY))}")
                 entry = ShardEntry(**row)
                 shard = manifest._number_of(entry)
                 if shard in manifest.shards:
@@ -137,27 +166,29 @@ class Manifest:
                 manifest.shards[shard] = entry
         except KeyError as error:
             raise CorruptStoreError(f"{path} is not a valid manifest: {error.args[0]!r} is missing") from None
-        except (LessFastError, TypeError) as error:
+        except LessFastError as error:
             raise CorruptStoreError(f"{path} is not a valid manifest: {error}") from None
         return manifest
 
     def _number_of(self, entry: ShardEntry) -> int:
-        for name in ("start", "stop", "bytes"):
+        """The number of the shard that an entry of the table describes; raises LessFastError if there is none."""
+        for name, kind in (("file", str), ("start", int), ("stop", int), ("bytes", int), ("sha256", str)):
             value = getattr(entry, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise LessFastError(f"{name} of shard {entry.file!r} is {value!r}; expected an integer")
-        for name in ("file", "sha256"):
-            if not isinstance(getattr(entry, name), str):
-                raise LessFastError(f"{name} of a shard is {getattr(entry, name)!r}; expected a string")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                word = "a string" if kind is str else "an integer"
+                raise LessFastError(f"{name} of shard {shown(entry.file)} is {shown(value)}; expected {word}")
         if not isinstance(entry.facts, dict):
-            raise LessFastError(f"facts of shard {entry.file!r} are {entry.facts!r}; expected an object")
+            raise LessFastError(f"facts of shard {shown(entry.file)} are {shown(entry.facts)}; expected an object")
         path = PurePosixPath(entry.file)
         if path.is_absolute() or ".." in path.parts or "\\" in entry.file or ":" in entry.file:
-            raise LessFastError(f"shard file {entry.file!r} lies outside of the store")
+            raise LessFastError(f"shard file {shown(entry.file)} lies outside of the store")
+        if not entry.file.isprintable() or path.suffix != _SHARD_SUFFIX or len(entry.file) > _LONGEST_NAME:
+            raise LessFastError(f"shard file {shown(entry.file)} is no name of a {_SHARD_SUFFIX} file")
         shard = entry.start // self.shard_size
         if not 0 <= shard < self.n_shards or (entry.start, entry.stop) != self.bounds(shard):
             raise LessFastError(
-                f"shard {entry.file!r} has rows {entry.start} to {entry.stop}, not a window of the store"
+                f"shard {shown(entry.file)} has rows {shown(entry.start)} to {shown(entry.stop)}, "
+                "not a window of the store"
             )
         return shard
 
@@ -166,13 +197,16 @@ def load_json(store: Path) -> dict[str, Any]:
     """The parsed manifest. Raises LessFastError where there is no store, CorruptStoreError if it is not JSON."""
     path = store / FILE_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+                raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
+            fields = parse_json(file.read())
     except (FileNotFoundError, NotADirectoryError):
         reason = f"it has no {FILE_NAME}" if store.is_dir() else "there is no such folder"
         raise LessFastError(f"{store} is not a feature store: {reason}") from None
     except OSError as error:
         raise LessFastError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptStoreError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CorruptStoreError(f"{path} is not a valid manifest: expected an object")
@@ -190,7 +224,7 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 def shard_file(shard: int) -> str:
     """Where a new shard goes, relative to the store."""
-    return f"{SHARDS_NAME}/{shard:05d}.safetensors"
+    return f"{SHARDS_NAME}/{shard:05d}{_SHARD_SUFFIX}"
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +21,13 @@ from less_fast.store import manifest as manifests
 from less_fast.store.codec import Array, Float32
 from less_fast.store.files import sha256_of
 from less_fast.store.manifest import Manifest, ShardEntry
-from less_fast.store.rows import Rows
+from less_fast.store.rows import Rows, check_rows
 from less_fast.store.shard import Shard, Status, open_shard, shard_tensors
+from less_fast.store.strict_json import shown
+
+_OPEN_SHARDS = 16
+_CACHED = ("rows", "status", "norms", "n_tokens", "n_labels")
+_MAKE_AGAIN = "repeat the command that made it to have it made again"
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,33 @@ class Verification:
         return not self.problems
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows [start, stop) of a store as they lie in one shard: read-only views of its file.
+
+    ``codes`` (stop - start, see the store's dtype), ``scale`` float32 or None, ``norms`` float32, ``status`` uint8.
+    """
+
+    start: int
+    stop: int
+    codes: Array
+    scale: Float32 | None
+    norms: Float32
+    status: NDArray[np.uint8]
+
+
 class FeatureStore:
     """The features of N examples, in dataset order, read from the disk as they are asked for.
 
     Parameters
     ----------
     path : the store's folder.
-    allow_partial : open it although shards are missing; their rows read as zeros with status ``MISSING``.
+    allow_partial : open it although shards are missing; their rows read as zeros with status ``MISSING``. So do those
+        of shards that turn out to be damaged, each of which is named in a warning.
+    verify : compare each shard with its checksum before the first of its rows is read, and the manifest and the table
+        of rows when the store is opened.
+
+    Threads may share it; it may be pickled, for worker processes, which open the files for themselves.
 
     Raises
     ------
@@ -51,11 +79,18 @@ class FeatureStore:
         if the manifest is damaged; later, if a shard that is asked for is. Other shards stay readable.
     """
 
-    def __init__(self, path: str | PathLike[str], *, allow_partial: bool = False) -> None:
+    def __init__(self, path: str | PathLike[str], *, allow_partial: bool = False, verify: bool = False) -> None:
         self.path = Path(path)
         self.manifest: dict[str, Any] = manifests.load_json(self.path)
         self._manifest = Manifest.from_dict(self.manifest, self.path / manifests.FILE_NAME)
-        self._open: tuple[int, Shard] | None = None
+        self._open: dict[int, Shard] = {}
+        self._lock = threading.Lock()  # of what is known of shards: the dicts and sets here
+        self._allow_partial = allow_partial
+        self._verify = verify
+        self._sound: set[int] = set()  # shards that were open once
+        self._damaged: dict[int, str] = {}
+        if verify and (problems := self._table_problems()):
+            raise CorruptStoreError(problems[0])
         missing = self._manifest.n_shards - len(self._manifest.shards)
         if missing and not allow_partial:
             raise LessFastError(
@@ -63,10 +98,18 @@ class FeatureStore:
                 "repeat the command that makes it to resume, or open it with allow_partial=True"
             )
         if missing:
-            _ = self.rows  # checks n_rows, which nothing else vouches for where shards are missing
+            self._check_n_rows()
 
     def __len__(self) -> int:
         return self._manifest.n_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name not in (*_CACHED, "_lock")}
+        return {**kept, "_open": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r}: {len(self)} x {self.dim}, {self.dtype})"
@@ -88,19 +131,18 @@ class FeatureStore:
 
     @property
     def projection(self) -> Projection:
-        """The projection the features were made with; raises LessFastError if the store does not say."""
+        """The projection the features were made with; raises LessFastError if the store names none that is."""
         if not isinstance(self.facts.get("projection"), dict):
             raise LessFastError(f"{self.path} does not say which projection its features were made with")
-        return Projection.from_dict(self.facts["projection"])
+        try:
+            return Projection.from_dict(self.facts["projection"])
+        except LessFastError as error:
+            raise LessFastError(f"{self.path}: {str(error)[:300]}") from None
 
     @cached_property
     def rows(self) -> Rows:
         """Ids, datasets and subtasks, in row order."""
-        path = self.path / manifests.ROWS_NAME
-        rows = Rows.read(path)
-        if len(rows) != len(self):
-            raise CorruptStoreError(f"{path} has {len(rows)} rows, but the manifest says {len(self)}")
-        return rows
+        return Rows.read(self.path / manifests.ROWS_NAME, len(self))
 
     @property
     def rows_hash(self) -> str:
@@ -151,47 +193,117 @@ class FeatureStore:
         for start in range(0, len(self), n_rows):
             yield start, self[start : start + n_rows]
 
+    @property
+    def shard_size(self) -> int:
+        """Rows per shard; the last one may have fewer."""
+        return self._manifest.shard_size
+
+    @property
+    def verifies(self) -> bool:
+        """Whether shards are compared with their checksums as they are first read."""
+        return self._verify
+
+    @property
+    def damaged(self) -> list[str]:
+        """One line for each shard that was found damaged so far; only a store opened with allow_partial goes on."""
+        return [self._damaged[shard] for shard in sorted(self._damaged)]
+
+    def stored(self, start: int, stop: int) -> StoredRows | None:
+        """Rows [start, stop), which lie in one shard, without decoding them; None where the shard is missing.
+
+        Raises CorruptStoreError if the shard is damaged and the store was not opened with allow_partial.
+        """
+        number = start // self.shard_size
+        first, last = self._manifest.bounds(number)
+        if not first <= start < stop <= last:
+            raise IndexError(f"rows {start} to {stop} do not lie in one shard of {self.shard_size} rows")
+        shard = self._shard(number)
+        if shard is None:
+            return None
+        rows = slice(start - first, stop - first)
+        scale = shard.tensors["scale"][rows] if self._manifest.codec.scaled else None
+        columns = (shard.tensors[name][rows] for name in ("norms", "status"))
+        return StoredRows(start, stop, shard.tensors["features"][rows], scale, *columns)
+
     def verify(self) -> Verification:
         """Read every file and compare it with its checksum."""
-        problems = []
-        if not manifests.checksum_holds(self.manifest):
-            problems.append(f"{self.path / manifests.FILE_NAME}: altered since it was written (its checksum differs)")
-        rows_path = self.path / manifests.ROWS_NAME
-        problems += _checksum_problems(rows_path, self._manifest.rows_sha256)
+        problems = self._table_problems()
         for shard in range(self._manifest.n_shards):
             entry = self._manifest.shards.get(shard)
             if entry is None:
                 problems.append(f"{self.path / manifests.shard_file(shard)}: not written yet")
                 continue
-            problems += _checksum_problems(self.path / entry.file, entry.sha256) or self._structure_problems(entry)
+            try:
+                self._map(entry, check=True)
+            except CorruptStoreError as error:
+                problems.append(str(error))
         return Verification(self.path, self._manifest.n_shards, problems)
 
     def require_intact(self) -> None:
         """Raise CorruptStoreError naming what :meth:`verify` finds damaged."""
         if problems := self.verify().problems:
             more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-            raise CorruptStoreError(f"{problems[0]}{more}; remove the file and extract again to have it made anew")
+            raise CorruptStoreError(f"{problems[0]}{more}")
 
-    def _structure_problems(self, entry: ShardEntry) -> list[str]:
+    def _table_problems(self) -> list[str]:
+        problems = []
+        if not manifests.checksum_holds(self.manifest):
+            file = self.path / manifests.FILE_NAME
+            problems.append(f"{file}: altered since it was written (its checksum differs); make the store again")
+        file, expected = self.path / manifests.ROWS_NAME, self._manifest.rows_sha256
         try:
-            self._map(entry)
+            if (found := sha256_of(file)) != expected:
+                problems.append(f"{file}: damaged (SHA-256 is {found}, expected {shown(expected)}); {_MAKE_AGAIN}")
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror}; {_MAKE_AGAIN}")
+        return problems
+
+    def _map(self, entry: ShardEntry, *, check: bool) -> Shard:
+        checksum = entry.sha256 if check else None
+        return open_shard(self.path / entry.file, self._manifest.codec, self.dim, entry.start, entry.stop, checksum)
+
+    def _shard(self, number: int) -> Shard | None:
+        """An open shard, or None where it is missing. Few stay open: a map holds a file descriptor."""
+        with self._lock:
+            if number in self._open:
+                return self._open[number]
+            entry = self._manifest.shards.get(number)
+            if entry is None or number in self._damaged:
+                return None
+            check = self._verify and number not in self._sound
+        try:
+            shard = self._map(entry, check=check)
         except CorruptStoreError as error:
-            return [str(error)]
-        return []
-
-    def _map(self, entry: ShardEntry) -> Shard:
-        return open_shard(
-            self.path / entry.file, shard_tensors(self._manifest.codec, entry.stop - entry.start, self.dim)
-        )
-
-    def _shard(self, shard: int) -> Shard | None:
-        """An open shard, or None where it is missing. One stays open: a map holds a file descriptor."""
-        entry = self._manifest.shards.get(shard)
-        if entry is None:
+            if not self._allow_partial:
+                raise
+            self._leave_out(number, entry, str(error))
             return None
-        if self._open is None or self._open[0] != shard:
-            self._open = shard, self._map(entry)
-        return self._open[1]
+        with self._lock:
+            self._sound.add(number)
+            self._open[number] = shard
+            if len(self._open) > _OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+        return shard
+
+    def _leave_out(self, number: int, entry: ShardEntry, reason: str) -> None:
+        self._check_n_rows()
+        with self._lock:
+            known = number in self._damaged
+            self._damaged[number] = reason
+            for name in _CACHED[1:]:
+                self.__dict__.pop(name, None)  # they may have been read while the shard was still whole
+        if not known:
+            warnings.warn(f"{reason}; rows {entry.start} to {entry.stop} are left out", stacklevel=_frames_within())
+
+    def _check_n_rows(self) -> None:
+        """Raise CorruptStoreError unless the table of rows vouches for their number, as missing shards do not."""
+        check_rows(self.path / manifests.ROWS_NAME, len(self))
+
+    def _check_dim(self, number: int) -> None:
+        """Open shard ``number``, or any other if that is missing: memory is asked for by a dim that a file has."""
+        if self._shard(number) or self._sound or any(self._shard(other) for other in list(self._manifest.shards)):
+            return
+        raise LessFastError(f"{self.path} has no shard that can be read; repeat the command that makes it")
 
     def _column(self, name: str) -> Array:
         spec = shard_tensors(self._manifest.codec, 0, self.dim)[name]
@@ -206,11 +318,11 @@ class FeatureStore:
 
     def _range(self, start: int, stop: int) -> Float32:
         if start < stop:
-            self._shard(start // self._manifest.shard_size)  # a wrong dim is found out before memory is asked for
+            self._check_dim(start // self.shard_size)
         out = np.zeros((stop - start, self.dim), np.float32)
         row = start
         while row < stop:
-            number = row // self._manifest.shard_size
+            number = row // self.shard_size
             first, last = self._manifest.bounds(number)
             end = min(last, stop)
             if shard := self._shard(number):
@@ -220,22 +332,22 @@ class FeatureStore:
         return out
 
     def _gather(self, rows: NDArray[np.int64]) -> Float32:
-        numbers = rows // self._manifest.shard_size
+        numbers = rows // self.shard_size
         if len(rows):
-            self._shard(int(numbers[0]))
+            self._check_dim(int(numbers[0]))
         out = np.zeros((len(rows), self.dim), np.float32)
-        for number in np.unique(numbers):
-            if shard := self._shard(int(number)):
+        for number in np.unique(numbers).tolist():
+            if shard := self._shard(number):
                 (places,) = np.nonzero(numbers == number)
                 part = np.empty((len(places), self.dim), np.float32)
-                self._manifest.codec.decode(shard.tensors, rows[places] - self._manifest.bounds(int(number))[0], part)
+                self._manifest.codec.decode(shard.tensors, rows[places] - self._manifest.bounds(number)[0], part)
                 out[places] = part
         return out
 
 
-def _checksum_problems(path: Path, expected: str) -> list[str]:
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        return [f"{path}: {error.strerror}"]
-    return [] if found == expected else [f"{path}: damaged (SHA-256 is {found}, expected {expected})"]
+def _frames_within() -> int:
+    """The ``stacklevel`` with which a caller's warning is laid to the first frame outside of this module."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"] in (__name__, "functools"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.store.files import open_regular
+
+_NAMES = ("id", "dataset", "subtask")
+_BATCH_ROWS = 1 << 16
+# What a table of any size may hold, and what it may hold more for each of its bytes.
+_FREE_ROWS, _ROWS_PER_BYTE = 1 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -49,16 +59,55 @@ class Rows:
         return buffer.getvalue().to_pybytes()
 
     @classmethod
-    def read(cls, path: Path) -> Rows:
-        """The inverse of :meth:`to_parquet`, from a file; raises CorruptStoreError if it is missing or damaged."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def read(cls, path: Path, n_rows: int | None = None) -> Rows:
+        """The inverse of :meth:`to_parquet`, from a file.
 
-        try:
-            # Not through a Python file object, and without threads: one may outlive the interpreter and abort it.
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                table = file.read(columns=["id", "dataset", "subtask"], use_threads=False)
-            return cls(*(table.column(name).to_pylist() for name in ("id", "dataset", "subtask")))
-        except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CorruptStoreError(f"{path} is missing or damaged: {reason}") from None
+        Raises CorruptStoreError if it is missing or damaged, or if ``n_rows`` is given and it has another number.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in _NAMES}
+        for batch in row_batches(path, _NAMES, n_rows):
+            for name in _NAMES:
+                columns[name] += batch.column(name).to_pylist()
+        return cls(*columns.values())
+
+
+def check_rows(path: Path, n_rows: int) -> None:
+    """Raise CorruptStoreError if the table is missing or damaged, or has another number of rows; reads none of them."""
+    with _opened(path, _NAMES, n_rows):
+        pass
+
+
+def row_batches(path: Path, columns: tuple[str, ...], n_rows: int | None = None) -> Iterator[Any]:
+    """The table in order, as pyarrow record batches of the named columns; raises as :meth:`Rows.read` does."""
+    with _opened(path, columns, n_rows) as file:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False):
+            batch.validate(full=True)
+            if any(batch.column(name).null_count for name in columns if name != "subtask"):
+                raise ValueError("a row has no id or no dataset")
+            yield batch
+
+
+@contextlib.contextmanager
+def _opened(path: Path, columns: tuple[str, ...], n_rows: int | None) -> Iterator[Any]:
+    """The pyarrow file at ``path``, found to be plausible; what goes wrong with it becomes a CorruptStoreError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open_regular(path) as opened:
+            size = os.fstat(opened.fileno()).st_size
+        # Not through a Python file object, and without threads: one may outlive the interpreter and abort it.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            found, schema = file.metadata.num_rows, file.schema_arrow
+            if n_rows is not None and found != n_rows:
+                raise ValueError(f"it has {found} rows, but the manifest says {n_rows}")
+            # A few bytes of parquet can stand for any number of equal rows.
+            if not 0 <= found <= _FREE_ROWS + _ROWS_PER_BYTE * size:
+                raise ValueError(f"it claims to hold {found} rows in {size} bytes")
+            for name in columns:
+                if schema.names.count(name) != 1 or schema.field(name).type not in (pa.string(), pa.large_string()):
+                    raise ValueError(f"expected one column of strings named {name}")
+            yield file
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptStoreError(f"{path} is missing or damaged: {reason[:200]}") from None

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from less_fast.errors import CorruptStoreError
 from less_fast.store.codec import Array, Codec, Float32, TensorSpec
-from less_fast.store.files import atomic_file
+from less_fast.store.files import atomic_file, open_regular, sha256_of_open
+from less_fast.store.strict_json import parse_json, shown
 
 _MAX_HEADER = 1 << 20
-_SLAB_ROWS = 64  # rows handled at a time: few enough that a slab stays in the cache
+_SLAB_ROWS = 16  # rows handled at a time: few enough that a slab stays in the cache
 # Norms from here on count as non-finite, so that rounding a row's entries up can never reach infinity.
 _NORM_LIMIT = 2.0**127
 
@@ -53,25 +56,41 @@ def shard_bytes(codec: Codec, n: int, dim: int) -> int:
     return sum(spec.nbytes for spec in shard_tensors(codec, n, dim).values()) + 4096
 
 
-def encode_shard(codec: Codec, features: Float32, status: Array) -> dict[str, Array]:
+class LazyRows(Protocol):
+    """Float32 (n, K) that is made slice by slice, as it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, K)."""
+
+    def __getitem__(self, rows: slice, /) -> Float32:
+        """The rows of a slice with step 1."""
+
+
+def encode_shard(
+    codec: Codec, features: Float32 | LazyRows, status: Array, norms: Float32 | None = None
+) -> dict[str, Array]:
     """The tensors of features float32 (n, K) and statuses uint8 (n,), with ``norms`` of the rows before rounding.
 
-    A row whose status is not OK is stored as zeros with norm 0. An OK row that holds an inf or a NaN, or whose norm is
-    2^127 or more, becomes a NON_FINITE one.
+    ``norms``: the norms to store where ``features`` were rounded before; default: those of ``features``. A row whose
+    status is not OK is stored as zeros with norm 0. An OK row that holds an inf or a NaN, or whose norm is 2^127 or
+    more (2^127 / sqrt(K) where codes are rotated), becomes a NON_FINITE one.
     """
     n, dim = features.shape
+    # An entry of a row that is read from its signs can be sqrt(K) times as large as the row's norm.
+    limit = _NORM_LIMIT / math.sqrt(dim if codec.rotated else 1)
     status = status.astype(np.uint8)
     out: dict[str, Array] = {name: np.empty(s.shape, s.dtype) for name, s in codec.tensors(n, dim).items()}
     out["status"] = status
     out["norms"] = np.zeros(n, np.float32)
     for start in range(0, n, _SLAB_ROWS):
         rows = slice(start, min(start + _SLAB_ROWS, n))
-        slab = features[rows]
+        slab = np.ascontiguousarray(features[rows])  # or else the order of sums, and so their bits, would be another
         wide = slab.astype(np.float64)
-        norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        status[rows][(status[rows] == Status.OK) & ~(norms < _NORM_LIMIT)] = Status.NON_FINITE
+        found = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        status[rows][(status[rows] == Status.OK) & ~(found < limit)] = Status.NON_FINITE
         ok = status[rows] == Status.OK
-        out["norms"][rows][ok] = norms[ok]
+        out["norms"][rows][ok] = (found if norms is None else norms[rows])[ok]
         if not ok.all():
             slab = np.where(ok[:, None], slab, np.float32(0.0))
         for name, values in codec.encode(slab).items():
@@ -110,41 +129,70 @@ class Shard:
     metadata: dict[str, str]
 
 
-def open_shard(path: Path, specs: Mapping[str, TensorSpec]) -> Shard:
-    """Map a shard's tensors without reading them; raises CorruptStoreError if they are not exactly ``specs``."""
+def open_shard(path: Path, codec: Codec, dim: int, start: int, stop: int, sha256: str | None = None) -> Shard:
+    """Map the tensors of the shard that holds rows [start, stop) without reading them.
 
-    def corrupt(reason: str) -> CorruptStoreError:
-        return CorruptStoreError(f"{path}: {reason}; delete it and repeat the extraction to have this shard made again")
-
+    With ``sha256``, the bytes that are mapped are read and compared with it first. Raises CorruptStoreError if they
+    are others, or the file is not exactly such a shard; nothing is allocated by what it claims. A file that takes this
+    one's name later does not touch the map.
+    """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise corrupt("not a safetensors file, or truncated")
-            header = json.loads(file.read(length))
+        with open_regular(path) as file:
+            return _map(file, codec, dim, start, stop, sha256)
     except OSError as error:
-        raise corrupt(error.strerror or str(error)) from None
-    except ValueError:
-        raise corrupt("damaged safetensors header") from None
-    if not isinstance(header, dict):
-        raise corrupt("damaged safetensors header")
+        reason = error.strerror or str(error)
+    except ValueError as error:
+        reason = str(error)
+    raise CorruptStoreError(f"{path}: {reason}; delete it and repeat the command that made it to have it made again")
+
+
+def _map(file: BinaryIO, codec: Codec, dim: int, start: int, stop: int, sha256: str | None) -> Shard:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise ValueError("not a safetensors file, or truncated")
+    header = _header(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise corrupt("damaged safetensors metadata")
-    start, offset = 8 + length, 0
-    tensors: dict[str, Array] = {}
+        raise ValueError("damaged safetensors metadata")
+    if (metadata.get("start"), metadata.get("stop")) != (str(start), str(stop)):
+        found = f"{shown(metadata.get('start'))} to {shown(metadata.get('stop'))}"
+        raise ValueError(f"its metadata says that it holds rows {found}, expected {start} to {stop}")
+    specs = shard_tensors(codec, stop - start, dim)
+    places: dict[str, slice] = {}
+    end = 8 + length
     for name, spec in specs.items():
+        offset = end - 8 - length
         expected = {"dtype": spec.tag, "shape": [*spec.shape], "data_offsets": [offset, offset + spec.nbytes]}
         if header.get(name) != expected:
-            raise corrupt(f"tensor {name} is {header.get(name)}, expected {expected}")
-        offset += spec.nbytes
+            raise ValueError(f"tensor {name} is {shown(header.get(name))}, expected {expected}")
+        places[name] = slice(end, end + spec.nbytes)
+        end += spec.nbytes
     if set(header) != set(specs):
-        raise corrupt(f"unexpected tensors {sorted(set(header) - set(specs))}")
-    if size != start + offset:
-        raise corrupt(f"{size} bytes, expected {start + offset}")
-    data = np.memmap(path, np.uint8, mode="r")  # one map for all tensors: each map holds a file descriptor
-    for name, spec in specs.items():
-        begin, end = (start + offset for offset in header[name]["data_offsets"])
-        tensors[name] = data[begin:end].view(spec.dtype).reshape(spec.shape)
+        raise ValueError(f"unexpected tensors {shown(sorted(set(header) - set(specs)))}")
+    if size != end:
+        raise ValueError(f"{size} bytes, expected {end}")
+    if sha256 is not None:
+        file.seek(0)
+        if (found := sha256_of_open(file)) != sha256:
+            raise ValueError(f"damaged (SHA-256 is {found}, expected {shown(sha256)})")
+    data = np.asarray(np.memmap(file, np.uint8, mode="r"))  # one for all tensors: each map holds a file descriptor
+    tensors = {name: data[places[name]].view(spec.dtype).reshape(spec.shape) for name, spec in specs.items()}
+    for name in ("norms", "scale"):
+        # The smallest and the largest of numbers with a NaN among them are NaN, which no comparison holds for.
+        values = tensors.get(name)
+        if values is not None and values.size and not (values.min() >= 0 and values.max() < np.inf):
+            raise ValueError(f"tensor {name} holds a negative or non-finite number")
+    if (highest := tensors["status"].max(initial=0)) > Status.NON_FINITE:
+        raise ValueError(f"tensor status holds {highest}, expected 0, 1 or 2")
     return Shard(tensors, metadata)
+
+
+def _header(text: bytes) -> dict[str, Any]:
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"damaged safetensors header ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError("damaged safetensors header")
+    return header

@@ -32,6 +32,7 @@ from less_fast.store.manifest import Manifest, ShardEntry, differences, shard_fi
 from less_fast.store.reader import FeatureStore
 from less_fast.store.rows import Rows
 from less_fast.store.shard import Status, encode_shard, open_shard, shard_bytes, shard_tensors, write_shard
+from less_fast.store.strict_json import parse_json
 
 _MAX_DIFFERENCES = 8
 
@@ -45,7 +46,7 @@ class StoreWriter:
     facts : what the features are made with, as JSON values. A store is only resumed with the same ones.
     rows : id, dataset and subtask of every row, in dataset order.
     dim : K.
-    dtype : ``float32``, ``float16`` or ``bfloat16``.
+    dtype : ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``1bit``.
     shard_size : rows per shard; the last shard may have fewer.
 
     Raises
@@ -81,7 +82,7 @@ class StoreWriter:
     def _check_room(self, wanted: Manifest, table_bytes: int) -> None:
         windows = [wanted.bounds(shard) for shard in range(wanted.n_shards)]
         needed = sum(shard_bytes(wanted.codec, stop - start, wanted.dim) for start, stop in windows)
-        there = sum(file.stat().st_size for file in (self.path / manifests.SHARDS_NAME).glob("*.safetensors"))
+        there = sum(file.lstat().st_size for file in (self.path / manifests.SHARDS_NAME).glob("*.safetensors"))
         check_free_space(self.path, needed + table_bytes - there)
 
     def _open(self, wanted: Manifest, table: bytes) -> Manifest:
@@ -142,11 +143,11 @@ class StoreWriter:
     def _adopt(self, found: Manifest, shard: int, file: str) -> ShardEntry:
         path = self.path / file
         start, stop = found.bounds(shard)
-        metadata = open_shard(path, shard_tensors(found.codec, stop - start, found.dim)).metadata
+        metadata = open_shard(path, found.codec, found.dim, start, stop).metadata
         try:
-            if (metadata["start"], metadata["stop"]) != (str(start), str(stop)):
+            facts = parse_json(metadata["facts"])
+            if not isinstance(facts, dict):
                 raise ValueError
-            facts = json.loads(metadata["facts"])
         except (KeyError, ValueError):
             raise CorruptStoreError(f"{path}: its metadata is not that of shard {shard}") from None
         return ShardEntry(file, start, stop, sha256_of(path), path.stat().st_size, facts)
@@ -178,9 +179,7 @@ class StoreWriter:
         ``n_labels`` int32 (n,). Rows that are not OK are stored as zeros; OK rows that are not finite become
         NON_FINITE. ``facts``: JSON values about this shard alone. Raises LessFastError if the disk is full.
         """
-        if shard not in self.pending():
-            raise LessFastError(f"shard {shard} of {self.path} is not pending")
-        start, stop = self.bounds(shard)
+        start, stop = self._pending_bounds(shard)
         arrays: dict[str, Array] = {
             "features": np.asarray(features, np.float32),
             "status": np.asarray(status, np.uint8),
@@ -193,11 +192,19 @@ class StoreWriter:
                 raise LessFastError(f"{name} of shard {shard} have shape {array.shape}; expected {shape}")
         if (arrays["status"] > Status.NON_FINITE).any():
             raise LessFastError(f"status of shard {shard} holds {arrays['status'].max()}; expected 0, 1 or 2")
+        self.write_encoded(
+            shard, {**arrays, **encode_shard(self._manifest.codec, arrays["features"], arrays["status"])}, facts
+        )
+
+    def write_encoded(self, shard: int, tensors: Mapping[str, Array], facts: Mapping[str, Any] | None = None) -> None:
+        """As :meth:`write`, for the tensors of :func:`~less_fast.store.shard.shard_tensors` as the file holds them."""
+        start, stop = self._pending_bounds(shard)
         plain_facts = json.loads(json.dumps(dict(facts or {}), allow_nan=False))
         metadata = {"start": str(start), "stop": str(stop), "facts": json.dumps(plain_facts, sort_keys=True)}
-        codec = self._manifest.codec
-        tensors = {**arrays, **encode_shard(codec, arrays["features"], arrays["status"])}
-        specs = shard_tensors(codec, stop - start, self._manifest.dim)
+        specs = shard_tensors(self._manifest.codec, stop - start, self._manifest.dim)
+        for name, spec in specs.items():
+            if tensors[name].shape != spec.shape:
+                raise LessFastError(f"{name} of shard {shard} have shape {tensors[name].shape}; expected {spec.shape}")
         path = self.path / shard_file(shard)
         try:
             sha256, size = write_shard(path, tensors, specs, metadata)
@@ -206,6 +213,11 @@ class StoreWriter:
         except OSError as error:
             done = f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished"
             raise failed_write(path, error, f"{done} and stay") from error
+
+    def _pending_bounds(self, shard: int) -> tuple[int, int]:
+        if shard not in self.pending():
+            raise LessFastError(f"shard {shard} of {self.path} is not pending")
+        return self.bounds(shard)
 
     def close(self) -> FeatureStore:
         """Let go of the store and open it for reading; raises LessFastError if shards are missing."""

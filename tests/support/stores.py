@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 
+from less_fast.errors import LessFastError
 from less_fast.projection import Projection
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
+
+DTYPES = ("float32", "float16", "bfloat16", "int8", "1bit")
 
 
 def make_rows(n: int, subtasks: list[str | None] | None = None) -> Rows:
@@ -63,3 +69,30 @@ def folder_hashes(path: Path) -> dict[str, str]:
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The message, one line, with which less_fast refuses to do something."""
+    with pytest.raises(LessFastError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change_manifest(path: Path, **fields: Any) -> None:
+    """Overwrite some fields of a store's manifest, whose checksum is then wrong."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum that fits the rest of it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def flip_bit(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)

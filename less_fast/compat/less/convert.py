@@ -31,6 +31,7 @@ from less_fast.data import load_examples
 from less_fast.errors import LessFastError
 from less_fast.projection import KINDS, Projection
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
+from less_fast.store.codec import CODECS
 from less_fast.store.files import failed_write, sha256_of
 
 # What made the matrix where less_fast did not: both are dense +-1s, and neither's numbers are less_fast's.
@@ -269,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("--precondition", choices=["adam", "sgd", "sign"], help="what LESS calls gradient_type")
     store.add_argument("--examples", nargs="+", help="the files the gradients are of, in order")
     store.add_argument("--task", choices=sorted(N_SUBTASKS), help="LESS's own validation set, in place of --examples")
-    store.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the store")
+    store.add_argument("--dtype", choices=[*CODECS], default="float32", help="of the store")
     less = commands.add_parser("to-less", help="a feature store to a folder of LESS's or QLESS's")
     less.add_argument("store", type=Path, help="folder of the store")
     less.add_argument("out", type=Path, help="the folder for all_orig.pt, such as grads/JOB/dolly-ckpt105-adam/dim8192")

@@ -20,7 +20,7 @@ from less_fast.compat.less.files import NORMALISED, Sidecar, read_folder, read_s
 from less_fast.errors import LessFastError
 from less_fast.progress import progress_bar
 from less_fast.report import checkpoint_table
-from less_fast.scoring.scores import WHOLE_TARGET
+from less_fast.scoring.targets import WHOLE_TARGET
 from less_fast.store.files import failed_write
 
 # Validation rows of LESS's own tasks come subtask by subtask, as many of each.
