@@ -96,10 +96,14 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "less_fast._cpu",
-            ["csrc/cpu_module.cpp", "csrc/cpu_ops.cpp", "csrc/thread_pool.cpp"],
+            ["csrc/cpu_module.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_score.cpp", "csrc/thread_pool.cpp"],
             depends=[
                 "csrc/cpu_ops.h",
                 "csrc/cpu_kernels.inl",
+                "csrc/cpu_score.h",
+                "csrc/cpu_score_bits.inl",
+                "csrc/cpu_score_kernels.inl",
+                "csrc/cpu_score_tables.inl",
                 "csrc/philox.h",
                 "csrc/thread_pool.h",
             ],

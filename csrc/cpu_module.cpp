@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_ops.h"
+#include "cpu_score.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -70,4 +71,29 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("seed"), py::arg("index"), py::arg("block"), py::arg("tag"));
   m.def("use_avx2", &lf::use_avx2, py::arg("wanted"));
+
+  m.def(
+      "inner_products",
+      [](Address out, int64_t out_stride, Address codes, int64_t row_bytes, int dtype_code, int64_t n, int64_t dim,
+         Address queries, int64_t n_queries, Address factor, bool accumulate, int threads) {
+        lf::inner_products({pointer<float>(out), out_stride, pointer<const float>(factor), accumulate},
+                           {pointer<const uint8_t>(codes), row_bytes, n, dim}, static_cast<lf::CodeType>(dtype_code),
+                           pointer<const float>(queries), n_queries, threads);
+      },
+      py::arg("out"), py::arg("out_stride"), py::arg("codes"), py::arg("row_bytes"), py::arg("dtype_code"),
+      py::arg("n"), py::arg("dim"), py::arg("queries"), py::arg("n_queries"), py::arg("factor"), py::arg("accumulate"),
+      py::arg("threads"), Release());
+  m.def(
+      "inner_products_bits",
+      [](Address out, int64_t out_stride, Address codes, int64_t row_bytes, int64_t n, int64_t dim, Address query_codes,
+         int64_t n_queries, Address factor, Address query_factor, bool accumulate, int threads) {
+        lf::inner_products_bits({pointer<float>(out), out_stride, pointer<const float>(factor), accumulate},
+                                {pointer<const uint8_t>(codes), row_bytes, n, dim},
+                                pointer<const uint8_t>(query_codes), n_queries, pointer<const float>(query_factor),
+                                threads);
+      },
+      py::arg("out"), py::arg("out_stride"), py::arg("codes"), py::arg("row_bytes"), py::arg("n"), py::arg("dim"),
+      py::arg("query_codes"), py::arg("n_queries"), py::arg("factor"), py::arg("query_factor"), py::arg("accumulate"),
+      py::arg("threads"), Release());
+  m.def("use_instructions", &lf::use_instructions, py::arg("wanted"));
 }

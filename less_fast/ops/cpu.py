@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from less_fast.layout import Parameter
+from less_fast.ops import native
 from less_fast.ops.reference import global_index
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
@@ -19,15 +18,7 @@ from less_fast.projection import Projection
 _TILE_BYTES = 8 << 20
 _ENTRIES_PER_THREAD = 1 << 17
 
-
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("less_fast._cpu"), None
-    except ImportError as error:
-        return None, f"the C++ module less_fast._cpu is not available ({error}); reinstall with a C++ compiler"
-
-
-_cpu, _reason = _load()
+_cpu, _reason = native.CPU, native.MISSING
 
 
 def supports(features: Tensor, grads: Tensor, projection: Projection, rule: Rule = NONE) -> str | None:
