@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # In the order they run: what proves comes before what measures, and the ceilings before what is held against them.
-STAGES = ("tests", "ceilings", "sketch", "outer", "overhead", "less", "memory")
+STAGES = ("tests", "ceilings", "sketch", "outer", "score", "overhead", "less", "memory")
 _TESTS_FAIL = ("tests", False)
 _WHOLE = ("ceilings", "less")  # the others skip what does not fit piece by piece
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what would take longer is skipped (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="what would take longer is skipped (default: 9.5)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each time, at least 5")
     parser.add_argument("--sanitize", nargs="?", const="kernels or triton or outer or fused", metavar="EXPRESSION")

@@ -19,6 +19,7 @@ FLOATS = ("alpha", "gamma", "e", "scale", "one")
 DIVISIBLE = (
     *("n_long", "n_entries", "dim", "width", "grads_stride", "out_stride", "chunk_stride", "features_stride"),
     *("right_stride", "lane_stride", "example_stride", "x_stride"),
+    *("row_length", "row_stride", "part_stride", "query_stride"),
 )
 
 

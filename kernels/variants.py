@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from less_fast.kernels import accumulate, dense, outer_sjlt, outer_sketch, philox, sjlt, srht
+from less_fast.kernels import accumulate, dense, inner_products, outer_sjlt, outer_sketch, philox, sjlt, srht
 from less_fast.kernels.compile import Variant
 from less_fast.kernels.mix import TF32_BITS
 from less_fast.kernels.rule import MODE_ADAM, MODE_NONE, mode_of
@@ -21,7 +21,7 @@ _INTEGERS = {"largest_ptr": "*i32", "sums_ptr": "*i64"}
 
 def variants(capability: int) -> list[Variant]:
     """Every kernel, for an architecture (80, 90, 100, …); their names do not depend on it."""
-    return fused_variants(capability) + flat_variants(capability) + table_variants()
+    return fused_variants(capability) + flat_variants(capability) + table_variants() + score_variants(capability)
 
 
 def fused_variants(capability: int) -> list[Variant]:
@@ -74,6 +74,32 @@ def table_variants() -> list[Variant]:
         columns("rademacher", "*bf16"),
         columns("gaussian", "*fp32"),
     ]
+
+
+def score_variants(capability: int) -> list[Variant]:
+    """Products of stored codes with queries, in both tiles of a dtype (once for bfloat16, which is as float16)."""
+
+    def products(queries: int, name: str, pointer: str, codes: torch.dtype, parts: str = "bf16") -> Variant:
+        tile = inner_products.config(queries, codes, torch.int8 if parts == "i8" else DTYPES[parts], capability)
+        constants = inner_products.constants(tile, accumulate=True)
+        types = {"codes_ptr": pointer, "parts_ptr": f"*{parts}", "query_sum_ptr": "*i32"}
+        return Variant(
+            f"inner_products_{queries}_{name}", inner_products.inner_products_kernel, constants, types,
+            tile.warps, tile.stages, products=True, vectors=tile.planes == 1,
+        )  # fmt: skip
+
+    most = inner_products.MOST_QUERIES
+    return [
+        variant
+        for queries in (inner_products.FEW_QUERIES, most)
+        for variant in (
+            products(queries, "fp32", "*fp32", torch.float32),
+            products(queries, "fp16", "*fp16", torch.float16, "fp16"),
+            products(queries, "int8", "*i8", torch.int8),
+            products(queries, "bits", "*u8", torch.uint8),
+            products(queries, "bits_bits", "*u8", torch.uint8, "i8"),
+        )
+    ] + [products(most, "bf16", "*bf16", torch.bfloat16)]
 
 
 def _name(kernel: str, dtype: str, mode: int) -> str:

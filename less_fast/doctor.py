@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from less_fast.layout import ParameterLayout
-from less_fast.ops import cpu, cuda
+from less_fast.ops import cpu, cuda, device_products
 from less_fast.ops.accumulate import BACKENDS
 from less_fast.ops.outer import Scratch
 from less_fast.ops.outer_sketch import (
@@ -113,7 +114,8 @@ def examine() -> Diagnosis:
         devices=_devices(),
         disk_free_gb=shutil.disk_usage(os.getcwd()).free / 1e9,
         checks=[check_backend(name, device) for device in devices for name in BACKENDS]
-        + [check_fused(kind, "cuda") for kind in ("srht", "sjlt") if "cuda" in devices],
+        + [check_fused(kind, "cuda") for kind in ("srht", "sjlt") if "cuda" in devices]
+        + [check_inner_products(device) for device in devices if device == "cuda"],
     )
 
 
@@ -179,6 +181,40 @@ def check_fused(kind: str, device: str) -> Check:
             return Check(name, device, True, False, count, worst, reason, time.monotonic() - started)
         outer_sketch_reference(wide, left, right, segments, parameter, "reference", Scratch(left.device))
         distance = float((sum_lanes(lanes) - exact[0]).norm() / exact.norm())
+        count += 1
+        worst = max(worst, distance if math.isfinite(distance) else math.inf)
+    passed = worst <= TOLERANCE
+    verdict = None if passed else f"relative error {worst:.1e}, expected at most {TOLERANCE:.0e}"
+    return Check(name, device, True, passed, count, worst, verdict, time.monotonic() - started)
+
+
+def check_inner_products(device: str) -> Check:
+    """Compare products of stored codes with queries with float64, for every store dtype, and bits with bits."""
+    started = time.monotonic()
+    name, place = "products of stored codes", torch.device(device)
+    if (unavailable := device_products.supports(place)) is not None:
+        return Check(name, device, False, False, 0, None, unavailable, 0.0)
+    generator = torch.Generator().manual_seed(2)
+    rows, wide, factor = (torch.randn(*shape, generator=generator) for shape in ((_N, _DIM), (_N, _DIM), (_N,)))
+    bits = torch.randint(0, 256, (_N, _DIM // 8), generator=generator, dtype=torch.uint8)
+    floats = device_products.DeviceQueries(wide.numpy(), place)
+    signs = device_products.DeviceBits(bits.numpy(), np.ones(_N, np.float32), _DIM, place)
+    worst, count = 0.0, 0
+    cases: list[tuple[str, device_products.Queries]] = [(dtype, floats) for dtype in device_products.TORCH_DTYPES]
+    for dtype, queries in [*cases, ("1bit", signs)]:
+        codes = bits.flip(1) if dtype == "1bit" else (16 * rows).to(device_products.TORCH_DTYPES[dtype])
+        found = torch.zeros(_N, _N, device=device)
+        try:
+            device_products.device_inner_products(
+                codes.to(device), dtype, _DIM, queries, factor.to(device), found, accumulate=True
+            )
+        except Exception as error:
+            reason = f"{dtype}: {type(error).__name__} {error}".strip().splitlines()[0]
+            return Check(name, device, True, False, count, worst, reason, time.monotonic() - started)
+        values = device_products.code_values(codes, _DIM, torch.float64)
+        against = wide.double() if queries is floats else device_products.code_values(bits, _DIM, torch.float64)
+        exact = values @ against.T * factor.double()[:, None]
+        distance = float((found.cpu() - exact).norm() / exact.norm())
         count += 1
         worst = max(worst, distance if math.isfinite(distance) else math.inf)
     passed = worst <= TOLERANCE

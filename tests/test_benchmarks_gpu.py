@@ -18,7 +18,7 @@ from less_fast.features import FeatureExtractor
 from less_fast.projection import Projection
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("sketch", "outer", "overhead", "less", "memory")
+BENCHMARKS = ("sketch", "outer", "score", "overhead", "less", "memory")
 FIELDS = {
     *("op", "implementation", "shape", "dtype", "ms_50", "ms_20", "ms_80", "bytes", "flops", "floor_ms"),
     *("ratio_to_floor", "ratio_to_baseline", "examples_per_s", "tokens_per_s", "peak_bytes"),
@@ -54,7 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_writes_its_file(results: Path) -> None:
     names = {"summary.md", "run.json", "ceilings.json", *(f"{name}.json" for name in BENCHMARKS)}
-    assert {path.name for path in results.iterdir()} == names and len(names) <= 8
+    assert {path.name for path in results.iterdir()} == names and len(names) <= 9
     run = read_rows(results / "run.json")
     done = [row["implementation"] for row in run if row.get("status") == "done"]
     assert done == ["tests", "ceilings", *BENCHMARKS]
@@ -166,11 +166,11 @@ def test_a_resumed_run_takes_its_ceilings_from_before(module: Any, session: Any)
     assert other.ceilings == before and len(read_rows(session.folder / "ceilings.json")) == 2
 
 
-def test_the_default_run_is_estimated_within_nine_minutes(module: Any, tmp_path: Path) -> None:
+def test_the_default_run_is_estimated_within_its_minutes(module: Any, tmp_path: Path) -> None:
     session = module("gpu_session").Session(torch.device("cpu"), tmp_path)
     seconds = {stage: module(f"gpu_{stage}").estimate(session) for stage in module("gpu").STAGES}
     assert all(value > 0 for value in seconds.values())
-    assert sum(seconds.values()) <= 9 * 60 - 60  # a minute to build the package
+    assert sum(seconds.values()) <= 9.5 * 60 - 60  # a minute to build the package
 
 
 def test_bars_are_judged_in_their_own_direction(module: Any) -> None:

@@ -27,10 +27,11 @@ SMALLEST = {variant.kernel: variant for variant in VARIANTS[90].values()}.values
 MAY_BE_ONE = (
     *("n_examples", "n_short", "n_long", "n_entries", "n_slots", "n_groups", "n_steps", "n_chunks", "n_programs"),
     *("n_index", "n_words", "dim", "nnz", "grads_stride", "out_stride", "chunk_stride", "features_stride"),
-    *("width", "x_stride", "right_stride"),
+    *("width", "x_stride", "right_stride", "n_rows", "n_queries", "n_tiles", "row_length", "row_stride"),
 )
 VECTOR_LOAD = r"\bld\.global[\w.:]*\.v4\.b32|\bcp\.async\.c[ag]\.shared\.global[^;]*, 0x10"
-PRODUCT = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+# Triton 3.6 multiplies int8 on a B200 as an A100 does.
+PRODUCT = {80: r"\b[HI]MMA\.", 90: r"\b[HI]GMMA\.", 100: r"\bUTC\w*MMA\b|\bIMMA\."}
 
 
 def test_every_kernel_has_a_budget() -> None:
