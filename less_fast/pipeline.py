@@ -27,12 +27,15 @@ from less_fast.projection import Projection
 from less_fast.report import checkpoint_table, composition_table, read_groups
 from less_fast.run_folder import RunFolder, write_json
 from less_fast.score_table import read_scores
-from less_fast.scoring import Share, composition, influence, select, write_scores
+from less_fast.scoring import ScoreStream, Share, composition, select, stream_scores
 from less_fast.store import FeatureStore
+from less_fast.store.codec import CODECS
 from less_fast.store.files import check_free_space
 from less_fast.warmup import warmup
 
 Say = Callable[[str], None]
+
+_QUANTISED = ("int8", "1bit")
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,16 @@ class _Run:
             return
         run_dir = self.config.checkpoints
         n_checkpoints = len(checkpoint_folders(Path(run_dir))) if run_dir else self.config.warmup_epochs
-        rows = len(self.pool) + sum(map(len, self.targets.values()))
-        width = 4 if self.config.store_dtype == "float32" else 2
-        check_free_space(self.folder.path, n_checkpoints * rows * self.config.dim * width)
+        needed = 0
+        for examples in (self.pool, *self.targets.values()):
+            row = CODECS[self._store_dtype(examples)].tensors(1, self.config.dim).values()
+            needed += n_checkpoints * len(examples) * sum(spec.nbytes for spec in row)
+        check_free_space(self.folder.path, needed)
+
+    def _store_dtype(self, examples: Examples) -> str:
+        """A pool of int8 or 1bit features is compared with targets in full precision: they are few, and it is free."""
+        dtype = self.config.store_dtype
+        return "float32" if examples is not self.pool and dtype in _QUANTISED else dtype
 
     def _check_targets(self) -> None:
         """Raise LessFastError for what would fail only after the warm-up: a backend, a target without any label."""
@@ -239,7 +249,7 @@ class _Run:
                 tokenizer=tokenizer,
                 template=self.config.template,
                 max_length=self.config.max_length,
-                dtype=self.config.store_dtype,
+                dtype=self._store_dtype(examples),
                 token_budget=self.config.token_budget,
                 shard_size=self.config.shard_size,
                 targets=self.config.modules,
@@ -273,16 +283,15 @@ class _Run:
         todo = [task for task in self.targets if not all(self.folder.scores(task, s).exists() for s in suffixes)]
         if not todo:
             return
-        train = [FeatureStore(self.folder.train_store(checkpoint)) for checkpoint in checkpoints]
+        train = [FeatureStore(self.folder.train_store(checkpoint), verify=True) for checkpoint in checkpoints]
         stores = {
-            task: [FeatureStore(self.folder.target_store(checkpoint, task)) for checkpoint in checkpoints]
+            task: [FeatureStore(self.folder.target_store(checkpoint, task), verify=True) for checkpoint in checkpoints]
             for task in todo
         }
-        for store in [*train, *(store for of_task in stores.values() for store in of_task)]:
-            store.require_intact()
-        for task, scores in influence(train, stores, weights).items():
-            for suffix in suffixes:
-                write_scores(self.folder.scores(task, suffix), train[0].rows, scores, how=self.config.aggregate)
+        tables = {task: [self.folder.scores(task, suffix) for suffix in suffixes] for task in todo}
+        stream = ScoreStream(train, stores, weights)
+        stream_scores(stream, tables, how=self.config.aggregate, progress=self.progress)
+        for task in todo:
             self._note(f"scores for {task}")
 
     def _select(self) -> dict[str, NDArray[np.int64]]:
@@ -299,7 +308,7 @@ class _Run:
     def _report(
         self, checkpoints: Sequence[Checkpoint], weights: Sequence[float], selected: dict[str, NDArray[np.int64]]
     ) -> tuple[dict[str, Any], str]:
-        datasets = {task: composition(self.pool.datasets, rows.tolist()) for task, rows in selected.items()}
+        datasets = self._shares(self.pool.datasets, selected)
         report: dict[str, Any] = {
             "examples": len(self.pool),
             "checkpoints": [
@@ -313,13 +322,19 @@ class _Run:
         shown, name = datasets, "dataset"
         if self.groups is not None:
             names = [self.groups.get(dataset, dataset) for dataset in self.pool.datasets]
-            shown, name = {task: composition(names, rows.tolist()) for task, rows in selected.items()}, "group"
+            shown, name = self._shares(names, selected), "group"
             for task, shares in shown.items():
                 report["targets"][task]["groups"] = _plain(shares)
         file = self.folder.report
         if not file.exists() or json.loads(file.read_text()) != report:
             write_json(file, report)
         return report, composition_table(shown, name)
+
+    def _shares(self, sources: list[str], selected: dict[str, NDArray[np.int64]]) -> dict[str, list[Share]]:
+        return {
+            task: composition(sources, rows, {task: read_scores(self.folder.scores(task)).scores})
+            for task, rows in selected.items()
+        }
 
 
 def _choose(config: RunConfig, scores: NDArray[Any]) -> NDArray[np.int64]:

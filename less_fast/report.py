@@ -48,6 +48,30 @@ def composition_table(shares: Mapping[str, Sequence[Share]], name: str = "datase
     return table((name, "pool", *shares), rows)
 
 
+def mixture_table(shares: Sequence[Share], name: str = "dataset") -> str:
+    """One line per dataset (or group) of one selection: shares of pool and selection, lift, and mean scores by task."""
+    tasks = list(shares[0].pool_mean) if shares else []
+    places = ("pool", "selected")
+    means = [f"{task}: mean in {place}" if len(tasks) > 1 else f"mean in {place}" for task in tasks for place in places]
+    rows = [
+        (
+            share.dataset,
+            _percent(share.pool_share),
+            _percent(share.selected_share),
+            f"{share.lift:.2f} x",
+            *(_mean(values[task]) for task in tasks for values in (share.pool_mean, share.selected_mean)),
+        )
+        for share in sorted(shares, key=lambda share: (-share.n_pool, share.dataset))
+    ]
+    n_pool, n_selected = sum(share.n_pool for share in shares), sum(share.n_selected for share in shares)
+    rows.append(("examples", f"{n_pool:,}", f"{n_selected:,}", *[""] * (1 + len(means))))
+    return table((name, *places, "lift", *means), rows)
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 

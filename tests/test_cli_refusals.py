@@ -163,7 +163,7 @@ def test_interrupted(inputs: Path, finished: Path, tmp_path: Path, monkeypatch: 
 
     command = run_arguments(inputs, tmp_path / "run", checkpoints=str(finished / "warmup"))
     with monkeypatch.context() as patch:
-        patch.setattr("less_fast.pipeline.influence", interrupt)
+        patch.setattr("less_fast.pipeline.stream_scores", interrupt)
         line = refused(*command, status=130)
     assert "the same command goes on" in line
     with_other_settings = run_arguments(inputs, tmp_path / "run", checkpoints=str(finished / "warmup"), shard_size=16)

@@ -54,13 +54,13 @@ def less(train: list[np.ndarray], target: list[np.ndarray], weights: list[float]
 
 
 @pytest.mark.parametrize("weights", [None, [1.6e-5, 1.2e-5, 7.7e-6], [0.5, 0.0, 0.5], [3, 1, 2]])
-@pytest.mark.parametrize("block_bytes", [64 << 20, 4 * K * 5])
+@pytest.mark.parametrize("memory", [256 << 20, 120])
 def test_less_formula(
-    tmp_path: Path, weights: list[float] | None, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, weights: list[float] | None, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("less_fast.scoring.scores._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("less_fast.scoring.stream.LEAST_MEMORY", 1)
     train, target = checkpoints(tmp_path, 3)
-    scores = influence(train, target, weights)
+    scores = influence(train, target, weights, memory=memory)
     expected = less([s[:] for s in train], [s[:] for s in target], weights or [1.0] * 3)
     assert scores.subtasks == ["b", "a", "c"]
     assert scores.matrix.dtype == np.float32 and scores.valid.all() and len(scores) == N
@@ -193,17 +193,21 @@ def test_the_training_stores_are_read_once(tmp_path: Path, monkeypatch: pytest.M
     train = random_store(tmp_path / "train", 0)
     target = random_store(tmp_path / "target", 1)
     read: list[int] = []
-    get = FeatureStore.__getitem__
+    stored, get = FeatureStore.stored, FeatureStore.__getitem__
 
-    def counted(self: FeatureStore, index: Any) -> Any:
-        out = get(self, index)
+    def counted(self: FeatureStore, start: int, stop: int) -> Any:
         if self is train:
-            read.append(len(out))
-        return out
+            read.extend(range(start, stop))
+        return stored(self, start, stop)
 
-    monkeypatch.setattr(FeatureStore, "__getitem__", counted)
+    def never(self: FeatureStore, index: Any) -> Any:
+        assert self is not train
+        return get(self, index)
+
+    monkeypatch.setattr(FeatureStore, "stored", counted)
+    monkeypatch.setattr(FeatureStore, "__getitem__", never)
     influence(train, dict.fromkeys("abcde", target))
-    assert sum(read) == N
+    assert read == [*range(N)]
 
 
 def scores_of(values: list[float]) -> Scores:

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from less_fast.cli import features, run, scores, tools
+from less_fast.cli import features, run, tools
 from less_fast.cli.output import disk_is_full, print_warnings
+from less_fast.cli.score import score
+from less_fast.cli.select import select
 from less_fast.errors import LessFastError
 
 # Typer has carried a copy of click since 0.20, so the class is found by what is public in every version.
@@ -63,8 +65,10 @@ app = typer.Typer(
     help="LESS data selection (Xia et al. 2024), exact and fast: from examples to gradient features, scores and a "
     "selection.",
 )
-for _module in (run, features, scores, tools):
+for _module in (run, features, tools):
     _module.register(app)
+app.command("score")(score)
+app.command("select")(select)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""``less-fast extract`` and ``less-fast info``."""
+"""``less-fast extract``, ``less-fast convert`` and ``less-fast info``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from less_fast.store import FeatureStore
 
 _PRECONDITIONS = ("adam", "sgd", "sign")
+_STORE_DTYPES = "float32|float16|bfloat16|int8|1bit"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("extract")(_extract)
+    app.command("convert")(_convert)
     app.command("info")(_info)
 
 
@@ -61,7 +63,7 @@ def _extract(
     max_length: Annotated[int, typer.Option(help="Tokens that an example is cut to.")] = RunConfig.max_length,
     limit: Annotated[int | None, typer.Option(help="Take only the first so many examples.")] = None,
     store_dtype: Annotated[
-        str, typer.Option(help="Type that features are stored in.", metavar="float32|float16|bfloat16")
+        str, typer.Option(help="Type that features are stored in.", metavar=_STORE_DTYPES)
     ] = RunConfig.store_dtype,
     token_budget: Annotated[str, typer.Option(help="Tokens per batch, padding included, or auto.")] = "auto",
     shard_size: Annotated[int, typer.Option(help="Examples per shard.")] = RunConfig.shard_size,
@@ -131,6 +133,26 @@ def _extract(
     show({"stores": results}, "\n".join(_line(result) for result in results), as_json)
 
 
+def _convert(
+    store: Annotated[Path, typer.Argument(help="Folder of the store to convert; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    dtype: Annotated[str, typer.Option(help="Type that features are stored in.", metavar=_STORE_DTYPES)],
+    shard_size: Annotated[
+        int | None, typer.Option(help="Examples per shard.", show_default="that of the store")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare every file of the store with its checksum.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write the features of a store in another type; the same command goes on where an earlier one stopped."""
+    from less_fast.store import FeatureStore, convert_store
+
+    converted = convert_store(store, out, dtype=dtype, shard_size=shard_size, verify=verify, progress=progress)
+    result, before = _summary(converted), _facts(FeatureStore(store))["bytes"]
+    ratio = f", {result['bytes'] / before:.1%} of the bytes of {store}" if before else ""
+    show(result, _line(result) + ratio, as_json)
+
+
 def _info(
     store: Annotated[Path, typer.Argument(help="Folder of a store.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
@@ -168,6 +190,7 @@ def _facts(store: FeatureStore) -> dict[str, Any]:
     told = (
         "projection",
         "precondition",
+        "converted_from",
         "template",
         "max_length",
         "model",
@@ -197,8 +220,8 @@ def _summary(store: FeatureStore) -> dict[str, Any]:
 
 def _line(result: dict[str, Any]) -> str:
     status = ", ".join(f"{count:,} {name}" for name, count in result["status"].items())
-    kind = result["precondition"]["kind"]
-    return f"{result['path']}: {result['rows']:,} rows x {result['dim']} in {result['dtype']}, {kind} ({status})"
+    kind = f", {result['precondition']['kind']}" if "precondition" in result else ""
+    return f"{result['path']}: {result['rows']:,} rows x {result['dim']} in {result['dtype']}{kind} ({status})"
 
 
 def _plain(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from less_fast.errors import LessFastError
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # How libraries that write in Rust or C++ word it; they do not raise OSError.
 _DISK_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "code: 28", "file write failed")
@@ -48,6 +50,14 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         raise LessFastError(
             f"{option} is {text!r}; expected numbers with commas between them, such as 0.6,0.4"
         ) from None
+
+
+def n_bytes_of(memory: str) -> int:
+    """The bytes that ``--memory`` names, such as 512M or 2G."""
+    found = re.fullmatch(r"(\d+)\s*([KMG]?)(i?B)?", memory.strip(), re.IGNORECASE)
+    if found is None:
+        raise LessFastError(f"--memory is {memory!r}; expected a size such as 512M or 2G")
+    return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def named_files(values: Sequence[str]) -> dict[str, str] | list[str]:

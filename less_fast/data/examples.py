@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from less_fast.data.parquet import write_table
 from less_fast.data.rows import COLUMNS, EXPECTED_FIELDS, TableBuilder
-from less_fast.data.sources import Source, read_jsonl, read_rows
+from less_fast.data.sources import RowTable, Source, read_jsonl, read_rows
 from less_fast.errors import LessFastError
+from less_fast.store.files import atomic_file
 
 _JSONL_NAME = re.compile(r"(.+)\.(?:jsonl|jsonlines|json-lines|ndjson|json)(?:\.gz)?", re.IGNORECASE)
 _PARQUET_NAME = re.compile(r"(.+)\.(?:parquet|pq)", re.IGNORECASE)
@@ -79,32 +82,47 @@ class Examples:
         Raises LessFastError for a row number outside [0, N), a source file that has changed, a disk that is full, and a
         path that is a folder or one of the sources.
         """
+        rows = self._check_indices(indices)
+        with self._whole_file(path, ".jsonl") as file:
+            file.writelines(line + b"\n" for line in self._of_sources(rows, lambda source, at: source.lines(at)))
+
+    def write_parquet(self, indices: Sequence[int] | np.ndarray, path: str | os.PathLike[str]) -> None:
+        """Write these rows, in this order, as parquet; :func:`load_examples` reads them as the same examples.
+
+        The source's other fields are kept: with the type that holds all of their values, or else as JSON text.
+        Missing names are written as their defaults. Raises LessFastError as :meth:`write_lines` does.
+        """
+        rows = self._check_indices(indices)
+        with self._whole_file(path, ".parquet") as file:
+            raw = self._of_sources(rows, lambda source, at: source.records(at))
+            write_table(list(self.take(rows)), raw, file)
+
+    @contextlib.contextmanager
+    def _whole_file(self, path: str | os.PathLike[str], kind: str) -> Iterator[IO[bytes]]:
+        """A file that becomes ``path`` when the block ends well; not a folder, and none of the sources."""
         path = Path(path)
         if path.is_dir():
-            raise LessFastError(f"{path}: is a folder; expected the name of a .jsonl file")
+            raise LessFastError(f"{path}: is a folder; expected the name of a {kind} file")
         for source in self._sources:
-            file = getattr(source, "path", None)
-            if file is not None and path.exists() and path.samefile(file):
+            if source.path is not None and path.exists() and path.samefile(source.path):
                 raise LessFastError(
                     f"{path}: is a source of these examples and would be overwritten; choose another file"
                 )
-        rows = self._check_indices(indices)
-        lines: list[bytes] = [b""] * len(rows)
+        try:
+            with atomic_file(path) as file:
+                yield file
+        except OSError as error:
+            raise LessFastError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+    def _of_sources(self, rows: np.ndarray, read: Callable[[Source, np.ndarray], list[Any]]) -> list[Any]:
+        """What ``read`` has of these rows, each from its source, in this order."""
+        found: list[Any] = [None] * len(rows)
         for number, source in enumerate(self._sources):
             places = np.flatnonzero(self._source_of[rows] == number)
             if len(places):
-                for place, line in zip(places.tolist(), source.lines(self._row_of[rows[places]])):
-                    lines[place] = line
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.writelines(line + b"\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise LessFastError(f"{path}: cannot be written ({error.strerror or error})") from error
+                for place, item in zip(places.tolist(), read(source, self._row_of[rows[places]])):
+                    found[place] = item
+        return found
 
     def _column(self, name: str) -> list[Any]:
         return self._table[name][:]
@@ -198,7 +216,7 @@ def _read(part: Any, limit: int | None, table: TableBuilder) -> Source:
         return read_jsonl(path, match[1], limit, table)
     if match := _PARQUET_NAME.fullmatch(path.name):
         _check_exists(path)
-        return _read_dataset(_load_parquet(path), str(path), match[1], limit, table)
+        return replace(_read_dataset(_load_parquet(path), str(path), match[1], limit, table), path=path)
     if path.exists():
         raise LessFastError(
             f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or a saved dataset's folder"
@@ -208,7 +226,7 @@ def _read(part: Any, limit: int | None, table: TableBuilder) -> Source:
     return _read_dataset(_load_hub(str(part)), str(part), str(part), limit, table)
 
 
-def _read_dataset(data: Any, name: str, dataset: str, limit: int | None, table: TableBuilder) -> Source:
+def _read_dataset(data: Any, name: str, dataset: str, limit: int | None, table: TableBuilder) -> RowTable:
     """Add the rows of a `datasets.Dataset`, or of the one split that a `DatasetDict` stands for."""
     import datasets
 

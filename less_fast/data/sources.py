@@ -24,10 +24,17 @@ _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Source(Protocol):
-    """One origin of rows."""
+    """One origin of rows; ``path`` is the file it reads, if it is one."""
+
+    @property
+    def path(self) -> Path | None: ...
 
     def lines(self, rows: np.ndarray) -> list[bytes]:
         """The JSON text of the rows with these numbers (int64), in this order, without line ends."""
+        ...
+
+    def records(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
+        """The same rows with all of their fields."""
         ...
 
 
@@ -54,16 +61,25 @@ class JsonlFile:
             raise LessFastError(f"{self.path}: cannot be read again ({error.strerror or error})") from error
         return [found[row] for row in rows.tolist()]
 
+    def records(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
+        """Each row's line, parsed."""
+        return [json.loads(line) for line in self.lines(rows)]
+
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
     """Rows held as mappings: a list of dicts or a `datasets.Dataset`."""
 
     rows: Any  # indexed by int
+    path: Path | None = None
 
     def lines(self, rows: np.ndarray) -> list[bytes]:
         """Each row as JSON, all of its fields, non-ASCII text as itself; values that JSON lacks are written as text."""
-        return [json.dumps(self.rows[row], ensure_ascii=False, default=str).encode() for row in rows.tolist()]
+        return [json.dumps(row, ensure_ascii=False, default=str).encode() for row in self.records(rows)]
+
+    def records(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
+        """Each row as it was given."""
+        return [self.rows[row] for row in rows.tolist()]
 
 
 def read_jsonl(path: Path, dataset: str, limit: int | None, table: TableBuilder) -> JsonlFile:

@@ -1,45 +1,164 @@
-"""Scores as a table on the disk: csv or parquet."""
+"""Scores on the disk, written as they are computed: a table (csv or parquet), and the full matrix (npy)."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from less_fast.errors import LessFastError
-from less_fast.scoring.scores import Scores
+from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.progress import progress_bar
+from less_fast.scoring.scores import Scores, aggregate
+from less_fast.scoring.stream import ScoreStream
 from less_fast.store import Rows, atomic_file
-from less_fast.store.files import failed_write
+from less_fast.store.files import check_free_space, failed_write
+from less_fast.store.manifest import ROWS_NAME
+from less_fast.store.rows import row_batches
+
+_ROWS = 1 << 16
 
 
-def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: str = "max") -> None:
-    """Write one line per training row to a ``.csv`` or ``.parquet`` file, which appears whole or not at all.
+class ScoreWriter:
+    """A ``.csv`` or ``.parquet`` file with one line per training row, which appears whole or not at all.
 
     Columns: ``id``, ``dataset``, ``index`` (row), ``score:<subtask>`` float32 for each subtask, ``score`` float32 (the
-    aggregate that :func:`select` ranks by). Scores of invalid rows are null. Raises LessFastError for another file
-    type, or if there are not as many rows as scores.
+    aggregate that :func:`less_fast.select` ranks by). Scores of invalid rows are null.
     """
-    import pyarrow as pa
-    import pyarrow.csv as csv
-    import pyarrow.parquet as pq
 
+    def __init__(self, path: Path, file: BinaryIO, subtasks: Sequence[str], how: str) -> None:
+        import pyarrow as pa
+        import pyarrow.csv as csv
+        import pyarrow.parquet as pq
+
+        self._how = how
+        names = [*(f"score:{name}" for name in subtasks), "score"]
+        self._schema = pa.schema(
+            [("id", pa.string()), ("dataset", pa.string()), ("index", pa.int64()), *((n, pa.float32()) for n in names)]
+        )
+        writer = csv.CSVWriter if path.suffix == ".csv" else pq.ParquetWriter
+        self._writer = writer(file, self._schema)
+
+    def write(self, ids: Any, datasets: Any, start: int, matrix: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
+        """The next rows: ids and datasets of n rows, scores float32 (n, subtasks), bool (n,)."""
+        import pyarrow as pa
+
+        values = [np.ascontiguousarray(column) for column in matrix.T] + [aggregate(matrix, self._how)]
+        names = [
+            column if isinstance(column, pa.Array) else pa.array(column, pa.string()) for column in (ids, datasets)
+        ]
+        index = pa.array(np.arange(start, start + len(valid)))
+        columns = [*names, index, *(pa.array(column, mask=~valid) for column in values)]
+        self._writer.write_table(pa.table(columns, schema=self._schema), _ROWS)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def score_table(path: str | PathLike[str], subtasks: Sequence[str], how: str) -> Iterator[ScoreWriter]:
+    """Open a :class:`ScoreWriter`; raises LessFastError for another file type, or where it cannot be written."""
     path = Path(path)
     if path.suffix not in (".csv", ".parquet"):
         raise LessFastError(f"cannot write scores to {path}: expected a name that ends in .csv or .parquet")
-    if len(rows) != len(scores):
-        raise LessFastError(f"{len(rows)} rows, but scores of {len(scores)}; expected the rows that were scored")
-    columns = {
-        "id": pa.array(rows.ids, pa.string()),
-        "dataset": pa.array(rows.datasets, pa.string()),
-        "index": pa.array(np.arange(len(rows))),
-    }
-    for name, values in zip(scores.subtasks, scores.matrix.T):
-        columns[f"score:{name}"] = pa.array(np.ascontiguousarray(values), mask=~scores.valid)
-    columns["score"] = pa.array(scores.aggregate(how), mask=~scores.valid)
+    with _output(path) as file:
+        table = ScoreWriter(path, file, subtasks, how)
+        try:
+            yield table
+        finally:
+            table.close()
+
+
+@contextlib.contextmanager
+def _output(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            (csv.write_csv if path.suffix == ".csv" else pq.write_table)(pa.table(columns), file)
+            yield file
     except OSError as error:
         raise failed_write(path, error, "the stores are as they were") from error
+
+
+def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: str = "max") -> None:
+    """Write scores as a :class:`ScoreWriter`.
+
+    Raises LessFastError for another file type, or if there are not as many rows as scores.
+    """
+    if len(rows) != len(scores):
+        raise LessFastError(f"{len(rows)} rows, but scores of {len(scores)}; expected the rows that were scored")
+    with score_table(path, scores.subtasks, how) as table:
+        for start in range(0, max(1, len(rows)), _ROWS):
+            part = slice(start, start + _ROWS)
+            table.write(rows.ids[part], rows.datasets[part], start, scores.matrix[part], scores.valid[part])
+
+
+def stream_scores(
+    stream: ScoreStream,
+    tables: Mapping[str, Sequence[str | PathLike[str]]],
+    *,
+    how: str = "max",
+    matrix: str | PathLike[str] | None = None,
+    progress: bool = False,
+) -> int:
+    """Score the pool and write the result as it comes, so that memory does not grow with the pool.
+
+    ``tables``: target -> ``.csv`` and ``.parquet`` files, see :class:`ScoreWriter`. ``matrix``: where the scores of all
+    subtasks of all targets go as well, a ``.npy`` file of float32 (N, subtasks). Files appear whole or not at all.
+    Returns the number of valid rows.
+    """
+    n_valid = 0
+    with contextlib.ExitStack() as open_files:
+        opened = [
+            (stream.columns(name), open_files.enter_context(score_table(path, stream.subtasks[name], how)))
+            for name, paths in tables.items()
+            for path in paths
+        ]
+        array = open_files.enter_context(_matrix(Path(matrix), stream)) if matrix is not None else None
+        names = _Names(stream.train[0].path / ROWS_NAME)
+        bar = open_files.enter_context(progress_bar(stream.n_rows, unit="row", desc="score", show=progress))
+        for block in stream.blocks():
+            ids, datasets = names.take(len(block.valid))
+            for columns, table in opened:
+                table.write(ids, datasets, block.start, block.matrix[:, columns], block.valid)
+            if array is not None:
+                array.write(block.matrix.data)
+            n_valid += int(block.valid.sum())
+            bar.update(len(block.valid))
+    return n_valid
+
+
+class _Names:
+    """Ids and datasets of consecutive rows, read from a store's table of rows a part at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._batches = row_batches(path, ("id", "dataset"))
+        self._waiting: list[Any] = []
+
+    def take(self, n: int) -> tuple[Any, Any]:
+        """Ids and datasets of the next ``n`` rows, as pyarrow arrays."""
+        import pyarrow as pa
+
+        while sum(batch.num_rows for batch in self._waiting) < n:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise CorruptStoreError(f"{self._path} has fewer rows than the store")
+            self._waiting.append(batch)
+        table = pa.Table.from_batches(self._waiting)
+        self._waiting = table.slice(n).to_batches()
+        return tuple(table.slice(0, n).column(name).combine_chunks() for name in ("id", "dataset"))
+
+
+@contextlib.contextmanager
+def _matrix(path: Path, stream: ScoreStream) -> Iterator[BinaryIO]:
+    if path.suffix != ".npy":
+        raise LessFastError(f"cannot write the matrix of scores to {path}: expected a name that ends in .npy")
+    shape = stream.n_rows, stream.n_columns
+    check_free_space(path, 4 * shape[0] * shape[1])
+    with _output(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        yield file

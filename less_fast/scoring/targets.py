@@ -1,0 +1,90 @@
+"""Targets, folded before the pool is read: the mean over a subtask is linear, so it is taken of the queries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from less_fast.errors import LessFastError
+from less_fast.scoring.compatible import check_checkpoints, check_pair
+from less_fast.store import FeatureStore, Status
+
+Store = FeatureStore | str | PathLike[str]
+Stores = Store | Sequence[Store]
+
+WHOLE_TARGET = "all"  # the subtask of target rows that name none
+
+
+@dataclass(frozen=True)
+class Target:
+    """The stores of one target, one per checkpoint, with the weight of each row in each subtask's mean.
+
+    ``members`` float64 (rows, subtasks): 1 / size of the subtask where a usable row is in it, else 0.
+    """
+
+    stores: list[FeatureStore]
+    subtasks: list[str]
+    members: NDArray[np.float64]
+
+    def queries(self, checkpoint: int, block_bytes: int) -> NDArray[np.float32]:
+        """Mean of each subtask's unit rows at one checkpoint: float32 (subtasks, K)."""
+        store = self.stores[checkpoint]
+        query = np.zeros((len(self.subtasks), store.dim))
+        for start, rows in unit_rows(store, block_bytes):
+            query += self.members[start : start + len(rows)].T @ rows
+        return query.astype(np.float32)
+
+
+def open_stores(stores: Stores) -> list[FeatureStore]:
+    """One store, or one per checkpoint, opened where they are paths."""
+    several = [stores] if isinstance(stores, (FeatureStore, str, PathLike)) else list(stores)
+    if not several:
+        raise LessFastError("no feature stores were given; expected one per checkpoint")
+    return [store if isinstance(store, FeatureStore) else FeatureStore(fspath(store)) for store in several]
+
+
+def open_target(train: list[FeatureStore], target: list[FeatureStore]) -> Target:
+    """A target that fits the training stores; see :func:`less_fast.influence` for the errors and warnings."""
+    if len(target) != len(train):
+        raise LessFastError(
+            f"{len(train)} training stores but {len(target)} target stores ({target[0].path} ...); "
+            "expected one of each per checkpoint"
+        )
+    for ours, theirs in zip(train, target):
+        check_pair(ours, theirs)
+    check_checkpoints(target)
+    path = target[0].path
+    if not len(target[0]):
+        raise LessFastError(f"target {path} has no rows")
+    names = [WHOLE_TARGET if name is None else name for name in target[0].rows.subtasks]
+    subtasks = list(dict.fromkeys(names))
+    valid = np.logical_and.reduce([store.status == Status.OK for store in target])
+    if not valid.all():
+        count = int((~valid).sum())
+        warnings.warn(f"{count} of {len(valid)} rows of target {path} have no usable gradient; left out", stacklevel=4)
+    column = {name: i for i, name in enumerate(subtasks)}
+    members = np.zeros((len(names), len(subtasks)))
+    members[np.arange(len(names)), [column[name] for name in names]] = valid
+    sizes = members.sum(axis=0)
+    for name, size in zip(subtasks, sizes):
+        if not size:
+            raise LessFastError(f"subtask {name!r} of target {path} has no row with a usable gradient")
+    return Target(target, subtasks, members / sizes)
+
+
+def unit_rows(store: FeatureStore, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """(first row, rows divided by their norms, float64 (n, K)) of a whole store, in blocks of ``block_bytes``."""
+    for start, block in store.blocks(max(1, block_bytes // (12 * store.dim))):
+        yield start, block * inverse(store.norms[start : start + len(block)])[:, None]
+
+
+def inverse(norms: NDArray[Any]) -> NDArray[np.float64]:
+    """1 / norm, and 0 for a norm of 0."""
+    wide = norms.astype(np.float64)
+    return np.divide(1.0, wide, out=np.zeros_like(wide), where=wide > 0)
