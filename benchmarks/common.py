@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from less_fast.data import collate, encode_all, load_examples, plan_batches
+from less_fast.data import CPU_BATCH_COST, collate, encode_all, load_examples, plan_batches
 from less_fast.demo.corpus import generate
 from less_fast.model.load import load_tokenizer
 
@@ -239,7 +239,7 @@ def example_batches(
         encoded = [Encoded(i[:max_length], [-100] * 8 + i[8:max_length], False) for i in ids]
         source, pad = "demo corpus, bytes", 0
     batches = []
-    for batch in plan_batches([len(e.input_ids) for e in encoded], token_budget):
+    for batch in plan_batches([len(e.input_ids) for e in encoded], token_budget, batch_cost=CPU_BATCH_COST):
         tensors = collate([encoded[i] for i in batch], pad)
         if vocabulary is not None:
             tensors["input_ids"] %= vocabulary

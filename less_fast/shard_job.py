@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from less_fast.ahead import ahead
-from less_fast.data import Encoded, collate, plan_batches
+from less_fast.data import CPU_BATCH_COST, Encoded, collate, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor
 from less_fast.model.budget import is_out_of_memory
@@ -129,7 +129,13 @@ class ShardJob:
         def collated(batch: list[int]) -> tuple[list[int], dict[str, Tensor]]:
             return batch, collate([encoded[i] for i in batch], pad_id=0)
 
-        batches = plan_batches(lengths, self.budget, self.extractor.max_examples, packed=self.extractor.batches.packed)
+        batches = plan_batches(
+            lengths,
+            self.budget,
+            self.extractor.max_examples,
+            packed=self.extractor.batches.packed,
+            batch_cost=CPU_BATCH_COST if self.extractor.device.type == "cpu" else None,
+        )
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
         for batch, tensors in ahead(collating, collated, batches):
             result = self.extractor(tensors)
