@@ -41,11 +41,11 @@ def test_version_and_bare_command() -> None:
     assert result.exit_code == 0 and re.fullmatch(r"less_fast \d+\.\d+\.\d+\n", result.stdout)
     result = less_fast()
     assert result.exit_code == 0
-    for command in ("run", "warmup", "extract", "score", "select", "info", "doctor", "demo"):
+    for command in ("run", "warmup", "extract", "convert", "score", "select", "info", "doctor", "demo"):
         assert re.search(rf"\b{command}\b", result.stdout)
 
 
-@pytest.mark.parametrize("command", ["run", "warmup", "extract", "score", "select", "info", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["run", "warmup", "extract", "convert", "score", "select", "info", "doctor", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
     assert result.exit_code == 0
