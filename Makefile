@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench peers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/less-fast demo
@@ -22,9 +22,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+# At most ten minutes; the rows go to benchmarks/results/<device>. `benchmarks/tables.py --write` brings README in step.
 bench: $(VENV)/.installed-test
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/cpu.py
+
+# Other libraries on the same work; each is installed into an environment of its own under .peers/.
+peers: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/peers.py $(PEERS_ARGS)
 
 # torch first and alone: with an exact version a CPU wheel that is at hand is taken, and nothing pulls another one.
 $(VENV)/.torch: constraints.txt

@@ -45,7 +45,9 @@ def test_version_and_bare_command() -> None:
         assert re.search(rf"\b{command}\b", result.stdout)
 
 
-@pytest.mark.parametrize("command", ["run", "warmup", "extract", "convert", "score", "select", "info", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", ["run", "warmup", "extract", "convert", "score", "select", "info", "doctor", "demo"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
     assert result.exit_code == 0
