@@ -165,7 +165,7 @@ def test_interrupted(inputs: Path, finished: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("less_fast.pipeline.stream_scores", interrupt)
         line = refused(*command, status=130)
-    assert "the same command goes on" in line
+    assert "repeat the command to go on" in line
     with_other_settings = run_arguments(inputs, tmp_path / "run", checkpoints=str(finished / "warmup"), shard_size=16)
     assert "shard_size: 8 -> 16" in refused(*with_other_settings)
     result = less_fast(*command, "--json")

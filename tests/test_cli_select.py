@@ -76,6 +76,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     features = draw.standard_normal((N, DIM)).astype(np.float32)
     features[N // 2 :] = 2 * features[: N // 2]  # the second half are copies
     make_store(folder / "store", features)
+    make_store(folder / "signs", features, dtype="1bit")
     return Pool(folder, lines, scores, features, rows.datasets)
 
 
@@ -216,7 +217,12 @@ def test_what_is_refused(pool: Pool, tmp_path: Path) -> None:
         (["sums"], [*n, "--cap", "3", "--cap", "0.2"], "--cap was given twice for all"),
         (["sums"], [*n, "--cap", "a=3", "--cap", "a=0.2"], "--cap was given twice for a"),
         (["sums"], [*n, "--cap", "a=3"], "cap of 'a': the pool has no such dataset; it has set-0, set-1, set-2"),
-        (["sums"], [*n, "--cap", "2.5"], "cap of 'set-0' is 2.5; expected a number of rows, or a share"),
+        (["sums"], [*n, "--cap", "2.5"], "--cap is '2.5'; expected NAME=500"),
+        (["sums"], [*n, "--cap", "-1"], "--cap is '-1'; expected NAME=500"),
+        (["sums"], [*n, "--out", pool.folder / "x.csv"], "expected a name that ends in .jsonl or .parquet"),
+        (["sums"], [*n, "--report", pool.folder / "sums.parquet"], "is a file that is read"),
+        (["sums"], [*n, "--dedupe", pool.folder / "store", "--report", pool.folder / "store/r.json"], "lies in .*store"),
+        (["sums"], [*n, "--dedupe", pool.folder / "signs"], "signs holds 1bit features"),
         (["sums"], [*n, "--dedupe", tmp_path / "none"], "none"),
         (["sums"], [*n, "--dedupe", tmp_path / "short"], "has scores of 60 examples, but .*short has 3; give stores"),
         (["sums"], [*n, "--dedupe", pool.folder / "store", "--threshold", "1"], "threshold of duplicates is 1.0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +78,24 @@ def products(codes: Array, dtype: str, dim: int, queries: Array, **options: Any)
     return out
 
 
+class Guarded:
+    """Memory between two pages that end the process when they are touched."""
+
+    def __init__(self, pages: int) -> None:
+        self._memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._end = (pages + 1) * mmap.PAGESIZE
+        for page in (0, self._end):
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), mmap.PAGESIZE, 0) == 0
+
+    def hold(self, values: Array, last: bool) -> Array:
+        """A copy that ends right before the page behind it, or begins right after the one before it."""
+        offset = self._end - values.nbytes if last else mmap.PAGESIZE
+        copy: Array = np.ndarray(values.shape, values.dtype, self._memory, offset)
+        copy[...] = values
+        return copy
+
+
 def rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
@@ -84,13 +104,36 @@ def rms(x: Array) -> float:
 def test_products_are_as_accurate_as_float32_ones(backend: str, dtype: str) -> None:
     rng = np.random.default_rng(1)
     for dim in DIMS:
-        for count in COUNTS:
+        for count in (*COUNTS, 97, 285) if dim < 1000 else COUNTS:
             codes, queries = random_codes(dtype, 13, dim, rng), random_floats(count, dim, rng=rng)
             factor, values = random_floats(13, rng=rng), values_of(codes, dtype, dim)
             found = products(codes, dtype, dim, queries, factor=factor, backend=backend)
             exact = factor[:, None].astype(np.float64) * (values @ queries.T.astype(np.float64))
             plain = factor[:, None] * (values.astype(np.float32) @ queries.T)
             assert rms(found - exact) <= 2 * rms(plain - exact) + 1e-6 * rms(exact), (dim, count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages as Linux does")
+@pytest.mark.parametrize("last", [True, False], ids=["at the end", "at the start"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_the_codes_is_read(backend: str, dtype: str, last: bool) -> None:
+    """Rows may be the last bytes of a file: a read past them would end the process."""
+    rng = np.random.default_rng(3)
+    places = [Guarded(16) for _ in range(4)]
+    for dim in (*range(1, 70), 127, 128, 129, 255, 257, 1023, 1025):
+        n, count = 1 + dim % 9, 1 + dim % 11
+        codes = places[0].hold(random_codes(dtype, n, dim, rng), last)
+        factor = places[1].hold(random_floats(n, rng=rng), last)
+        queries = places[2].hold(random_floats(count, dim, rng=rng), last)
+        out = places[3].hold(np.zeros((n, count), np.float32), last)
+        inner_products(codes, dtype, dim, queries, factor, out, backend=backend, threads=1)
+        exact = factor[:, None] * (values_of(codes, dtype, dim) @ queries.T.astype(np.float64))
+        assert rms(out - exact) <= 1e-5 * rms(exact)
+        if dtype == "1bit":
+            bits = places[2].hold(random_codes("1bit", count, dim, rng), last)
+            inner_products_bits(codes, dim, bits, factor, np.ones(count, np.float32), out, backend=backend, threads=1)
+            counted = factor[:, None] * (values_of(codes, "1bit", dim) @ values_of(bits, "1bit", dim).T)
+            np.testing.assert_allclose(out, counted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

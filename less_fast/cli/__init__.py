@@ -30,9 +30,7 @@ class _Commands(TyperGroup):
         except LessFastError as error:
             raise _exit(2, f"error: {error}") from error
         except KeyboardInterrupt:
-            raise _exit(
-                130, "interrupted: everything that was finished is kept; the same command goes on from there"
-            ) from None
+            raise _exit(130, "interrupted: everything that was finished is kept; repeat the command to go on") from None
         except Exception as error:
             if disk_is_full(error):
                 raise _exit(

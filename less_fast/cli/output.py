@@ -8,7 +8,8 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from less_fast.errors import LessFastError
@@ -58,6 +59,15 @@ def n_bytes_of(memory: str) -> int:
     if found is None:
         raise LessFastError(f"--memory is {memory!r}; expected a size such as 512M or 2G")
     return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def require_other_file(out: Path | None, option: str, inputs: Iterable[str | Path]) -> None:
+    """Raise LessFastError where an output would replace an input, or lies in the folder of one."""
+    for source in map(Path, inputs) if out is not None else ():
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise LessFastError(f"{option} {out} lies in {source}, which is read; choose another place")
+        if out.exists() and source.exists() and out.samefile(source):
+            raise LessFastError(f"{option} {out} is a file that is read; choose another name")
 
 
 def named_files(values: Sequence[str]) -> dict[str, str] | list[str]:

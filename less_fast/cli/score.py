@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from less_fast.cli.output import n_bytes_of, numbers, only_results_on_stdout, show
+from less_fast.cli.output import n_bytes_of, numbers, only_results_on_stdout, require_other_file, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
 
@@ -57,6 +57,9 @@ def score(
         raise LessFastError("--weights and --weights-from were both given; expected one of them")
     targets = _targets(target)
     files = _files(out, targets)
+    read = [*train, *(path for paths in targets.values() for path in paths)]
+    for option, file in (("--out", out), ("--matrix", matrix)):
+        require_other_file(file, option, read)
     n_bytes = n_bytes_of(memory)
     with only_results_on_stdout():
         from less_fast.checkpoints import discover_checkpoints
@@ -92,8 +95,10 @@ def _targets(values: list[str]) -> dict[str, list[str]]:
     targets: dict[str, list[str]] = {}
     for value in values:
         name, mark, path = value.partition("=")
-        if not mark or "/" in name or Path(value).exists():
+        if not mark or Path(value).exists():
             name, path = "", value
+        elif not path:
+            raise LessFastError(f"--target {value} names no store; expected NAME=STORE")
         elif not re.fullmatch(r"\w[\w.-]*", name):
             raise LessFastError(f"--target {value}: {name!r} cannot name a file; use letters, digits, '.', '_' and '-'")
         targets.setdefault(name, []).append(path)

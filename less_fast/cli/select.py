@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from less_fast.cli.output import n_bytes_of, only_results_on_stdout, show
+from less_fast.cli.output import n_bytes_of, only_results_on_stdout, require_other_file, show
 from less_fast.errors import LessFastError
 
 if TYPE_CHECKING:
@@ -76,8 +76,12 @@ def select(
     if (unsized and chosen != "quotas") or (fraction is not None and n is not None):
         raise LessFastError("give either --fraction or -n, and not both")
     n_bytes = n_bytes_of(memory)
+    if out.suffix not in (".jsonl", ".json", ".parquet") and not out.is_dir():
+        raise LessFastError(f"{out}: expected a name that ends in .jsonl or .parquet")
     if report == out:
         raise LessFastError(f"{out}: is the name of both --out and --report; expected two files")
+    for option, file in (("--out", out), ("--report", report)):
+        require_other_file(file, option, [*files.values(), *(dedupe or [])])
     with only_results_on_stdout():
         from dataclasses import asdict
 
@@ -158,11 +162,14 @@ def _amounts(values: Sequence[str], option: str) -> tuple[dict[str, int | float]
         if key in amounts:
             raise LessFastError(f"{option} was given twice for {name or 'all'}; expected it once")
         try:
-            amounts[key] = int(text) if text.isdecimal() else float(text)
+            amount: int | float = int(text) if text.isdecimal() else float(text)
         except ValueError:
+            amount = -1
+        if not (amount > 0 and (isinstance(amount, int) or amount <= 1)):
             raise LessFastError(
-                f"{option} is {value!r}; expected NAME=500 (examples) or NAME=0.2 (a share of the selection)"
-            ) from None
+                f"{option} is {value!r}; expected NAME=500 (examples) or NAME=0.2 (a share of the selection, up to 1.0)"
+            )
+        amounts[key] = amount
     default = amounts.pop(None, None)
     return {str(name): amount for name, amount in amounts.items()}, default
 

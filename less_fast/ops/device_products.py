@@ -39,6 +39,8 @@ def supports(device: torch.device) -> str | None:
         return "the package triton is not installed; pip install 'less_fast[triton]'"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        return f"torch sees {torch.cuda.device_count()} CUDA devices, and none of that number"
     return too_old(device)
 
 

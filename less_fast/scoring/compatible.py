@@ -32,6 +32,18 @@ def check_pair(train: FeatureStore, target: FeatureStore) -> None:
         raise _differ(train, target, "the first matrix that differs", *map(_matrix, differing))
     for name, _, _ in _shared_facts(train, target, "model", "adapter"):
         warnings.warn(f"{train.path} and {target.path} were made with different {name}s", stacklevel=3)
+    kinds = [(store.facts.get("precondition") or {}).get("kind") for store in (train, target)]
+    if kinds == ["sgd", "adam"]:
+        warnings.warn(
+            f"{train.path} holds plain gradients and {target.path} Adam's; LESS has it the other way round: "
+            "were pool and target swapped?",
+            stacklevel=3,
+        )
+    if target.dtype == "1bit":
+        warnings.warn(
+            f"target {target.path} holds 1bit features, which exaggerate large cosines; float32 costs little there",
+            stacklevel=3,
+        )
 
 
 def check_checkpoints(stores: Sequence[FeatureStore]) -> None:
@@ -44,6 +56,11 @@ def check_checkpoints(stores: Sequence[FeatureStore]) -> None:
             raise _differ(first, other, "ids, datasets or subtasks of the rows", first.rows_hash, other.rows_hash)
         for name, ours, theirs in _shared_facts(first, other, "examples"):
             raise _differ(first, other, name, ours, theirs)
+    made_by = [tuple(str(store.facts.get(name)) for name in ("model", "adapter", "precondition")) for store in stores]
+    for number, origin in enumerate(made_by):
+        if origin in made_by[:number] and "adapter" in stores[number].facts:
+            twin = stores[made_by.index(origin)]
+            warnings.warn(f"{twin.path} and {stores[number].path} are of the same checkpoint", stacklevel=3)
 
 
 def _matrix(entry: Mapping[str, Any] | None) -> str:

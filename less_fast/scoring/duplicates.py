@@ -16,7 +16,7 @@ from less_fast.store import FeatureStore
 from less_fast.store.codec import Float32
 
 # Cosines are float32 products of unit rows: this is more than their rounding, so that a pair whose cosine is exactly
-# the threshold (common among 1-bit rows, whose cosines are multiples of 2 / K) is never taken for one above it.
+# the threshold (common among int8 rows) is never taken for one above it.
 _ROUNDING = 1e-6
 _HIGHEST_THRESHOLD = 0.9999
 _WINDOW_ROWS = 1024  # enough for a matrix product at full speed
@@ -29,9 +29,9 @@ _LEAST_ROWS = 32  # of features that the memory must hold
 class Duplicates:
     """A filter: no row whose feature cosine with a selected row is above a threshold.
 
-    The cosine is that of the decoded features; with several stores (checkpoints), the mean of their cosines. A row of
-    norm 0, or without features, has cosine 0 with every row. Every pair of a candidate and a selected row counts:
-    nothing is hashed or sampled.
+    The cosine is that of the decoded features, which 1bit ones do not keep: such stores are refused. With several
+    stores (checkpoints), it is the mean of their cosines. A row of norm 0, or without features, has cosine 0 with every
+    row. Every pair of a candidate and a selected row counts: nothing is hashed or sampled.
 
     Parameters
     ----------
@@ -53,6 +53,12 @@ class Duplicates:
             )
         stores = open_stores(self.stores)
         check_checkpoints(stores)
+        for store in stores:
+            if store.dtype == "1bit":
+                raise LessFastError(
+                    f"{store.path} holds 1bit features, whose cosines with one another say too little of duplicates; "
+                    "give a store of int8 or wider"
+                )
         if len(stores[0]) != n_rows:
             raise LessFastError(f"{stores[0].path} has {len(stores[0])} rows, but the scores {n_rows}")
         features = _UnitRows(stores)
@@ -108,11 +114,14 @@ class _DuplicatesGate:
         self._resident = np.empty((min(n, fits // 2), features.width), np.float32)
         self._piece = np.empty((self._piece_rows, features.width), np.float32)
         self._n_selected = 0
+        self._n_foreseen = self._window_rows  # rows of the next window
+        self._n_asked = 0  # of the rows in the window
         self._outside: list[int] = []  # selected rows that are not resident, ascending: shards are opened in turn
 
     def accepts(self, row: int) -> bool:
         if row not in self._place:
             self._open_window(row)
+        self._n_asked += 1
         return bool(self._nearest[self._place[row]] <= self._limit)
 
     def keep(self, row: int) -> None:
@@ -128,8 +137,12 @@ class _DuplicatesGate:
         """Not foreseen: to look ahead it would have to read the features."""
 
     def _open_window(self, row: int) -> None:
-        wanted = max(_LEAST_WINDOW, self._n - self._n_selected)
-        rows = list(dict.fromkeys([row, *self._ahead(min(wanted, self._window_rows))]))[: self._window_rows]
+        # Where rejections make the ranking go another way than was foreseen, a large window is work for nothing.
+        foreseen = 2 * self._n_asked if 2 * self._n_asked < len(self._place) else 4 * self._n_foreseen
+        self._n_foreseen = min(max(1, foreseen), self._window_rows)
+        self._n_asked = 0
+        wanted = min(max(_LEAST_WINDOW, self._n - self._n_selected), self._n_foreseen)
+        rows = list(dict.fromkeys([row, *self._ahead(wanted)]))[: self._window_rows]
         window = self._window[: len(rows)]
         for start in range(0, len(rows), self._piece_rows):
             part = rows[start : start + self._piece_rows]

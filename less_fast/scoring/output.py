@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.errors import LessFastError
 from less_fast.progress import progress_bar
 from less_fast.scoring.scores import Scores, aggregate
 from less_fast.scoring.stream import ScoreStream
@@ -20,7 +20,9 @@ from less_fast.store.files import check_free_space, failed_write
 from less_fast.store.manifest import ROWS_NAME
 from less_fast.store.rows import row_batches
 
-_ROWS = 1 << 16
+# A part of a table is converted at a time, and so much of it becomes a row group of a parquet file.
+_PART_BYTES = 1 << 20
+_GROUP_BYTES = 4 << 20
 
 
 class ScoreWriter:
@@ -42,9 +44,19 @@ class ScoreWriter:
         )
         writer = csv.CSVWriter if path.suffix == ".csv" else pq.ParquetWriter
         self._writer = writer(file, self._schema)
+        self._waiting: list[Any] = []  # blocks may be small, and a group for each would make a large file
+        self._n_waiting = 0
+        self._rows = max(1, _PART_BYTES // (4 * (len(names) + 16)))
 
     def write(self, ids: Any, datasets: Any, start: int, matrix: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
         """The next rows: ids and datasets of n rows, scores float32 (n, subtasks), bool (n,)."""
+        for first in range(0, len(valid), self._rows):
+            part = slice(first, first + self._rows)
+            self._write(ids[part], datasets[part], start + first, matrix[part], valid[part])
+
+    def _write(
+        self, ids: Any, datasets: Any, start: int, matrix: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> None:
         import pyarrow as pa
 
         values = [np.ascontiguousarray(column) for column in matrix.T] + [aggregate(matrix, self._how)]
@@ -53,9 +65,21 @@ class ScoreWriter:
         ]
         index = pa.array(np.arange(start, start + len(valid)))
         columns = [*names, index, *(pa.array(column, mask=~valid) for column in values)]
-        self._writer.write_table(pa.table(columns, schema=self._schema), _ROWS)
+        self._waiting.append(pa.table(columns, schema=self._schema))
+        self._n_waiting += self._waiting[-1].nbytes
+        if self._n_waiting >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        table = pa.concat_tables(self._waiting)
+        self._writer.write_table(table, max(1, table.num_rows))
+        self._waiting, self._n_waiting = [], 0
 
     def close(self) -> None:
+        if self._waiting:
+            self._flush()
         self._writer.close()
 
 
@@ -91,9 +115,7 @@ def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: 
     if len(rows) != len(scores):
         raise LessFastError(f"{len(rows)} rows, but scores of {len(scores)}; expected the rows that were scored")
     with score_table(path, scores.subtasks, how) as table:
-        for start in range(0, max(1, len(rows)), _ROWS):
-            part = slice(start, start + _ROWS)
-            table.write(rows.ids[part], rows.datasets[part], start, scores.matrix[part], scores.valid[part])
+        table.write(rows.ids, rows.datasets, 0, scores.matrix, scores.valid)
 
 
 def stream_scores(
@@ -118,7 +140,7 @@ def stream_scores(
             for path in paths
         ]
         array = open_files.enter_context(_matrix(Path(matrix), stream)) if matrix is not None else None
-        names = _Names(stream.train[0].path / ROWS_NAME)
+        names = _Names(stream.train[0].path / ROWS_NAME, stream.n_rows)
         bar = open_files.enter_context(progress_bar(stream.n_rows, unit="row", desc="score", show=progress))
         for block in stream.blocks():
             ids, datasets = names.take(len(block.valid))
@@ -134,9 +156,8 @@ def stream_scores(
 class _Names:
     """Ids and datasets of consecutive rows, read from a store's table of rows a part at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._batches = row_batches(path, ("id", "dataset"))
+    def __init__(self, path: Path, n_rows: int) -> None:
+        self._batches = row_batches(path, ("id", "dataset"), n_rows)
         self._waiting: list[Any] = []
 
     def take(self, n: int) -> tuple[Any, Any]:
@@ -144,10 +165,7 @@ class _Names:
         import pyarrow as pa
 
         while sum(batch.num_rows for batch in self._waiting) < n:
-            batch = next(self._batches, None)
-            if batch is None:
-                raise CorruptStoreError(f"{self._path} has fewer rows than the store")
-            self._waiting.append(batch)
+            self._waiting.append(next(self._batches))
         table = pa.Table.from_batches(self._waiting)
         self._waiting = table.slice(n).to_batches()
         return tuple(table.slice(0, n).column(name).combine_chunks() for name in ("id", "dataset"))

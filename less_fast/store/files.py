@@ -129,7 +129,7 @@ def check_free_space(path: Path, needed: int) -> None:
     if free < needed:
         raise LessFastError(
             f"{path} needs {_size(needed)} more on the disk, but only {_size(free)} is free there; "
-            "free some space, choose another folder or a smaller dim, or store float16"
+            "free some space, choose another folder, a smaller dtype or a smaller dim"
         )
 
 
