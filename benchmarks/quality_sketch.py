@@ -23,8 +23,9 @@ from less_fast.ops.accumulate import accumulate
 from less_fast.ops.reduce import reduce_features
 from less_fast.optim import AdamState
 from less_fast.projection import Projection
-from less_fast.store.codec import CODECS, Array
+from less_fast.store.codec import CODECS, Array, encode_signs
 from less_fast.store.rotation import rotate
+from less_fast.store.shard import encode_shard
 
 # What the pool's rows and the targets' are stored in. As in `less-fast run`, targets of int8 and 1bit stay float32.
 STORES = (
@@ -90,27 +91,30 @@ def final_scores(cosines: Float32, groups: Groups) -> dict[str, Float32]:
     return {task: means.max(axis=1) for task, means in subtask_means(cosines, groups).items()}
 
 
-def stored(rows: Float32, dtype: str) -> tuple[Array, Float32]:
-    """What a store of this dtype holds for the rows: numbers float32 (n, K), and (n, 1) that makes them cosines' sides.
+def stored(rows: Float32, dtype: str) -> tuple[dict[str, Array], Float32]:
+    """What a shard of this dtype holds for the rows, and its numbers as scoring multiplies them: float32 (n, K).
 
-    As scoring has it, that is the row's scale over its norm before it was rounded.
+    Those are the unit rows as they are read; of 1bit, what they have beyond the shard's center, rotated still.
     """
     codec = CODECS[dtype]
-    tensors = codec.encode(rows)
-    scale = tensors["scale"][:, None] if codec.scaled else np.ones((len(rows), 1), np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    tensors = encode_shard(codec, rows, np.zeros(len(rows), np.uint8))
+    norms = np.ones_like(tensors["norms"]) if codec.rotated else tensors["norms"]
+    scale = tensors["scale"] if codec.scaled else np.ones_like(norms)
     factor = np.divide(scale, norms, out=np.zeros_like(norms), where=norms > 0)
-    return codec.to_float(tensors["features"], rows.shape[1]), factor
+    return tensors, codec.to_float(tensors["features"], rows.shape[1]) * factor[:, None]
 
 
 def stored_cosines(pool: Float32, targets: Float32, dtype: str, target_dtype: str) -> Float32:
-    """The cosines (N, Q) as scoring computes them from stores of these dtypes."""
-    # What 1bit stores is of rotated rows, and a rotation changes no inner product.
-    if CODECS[dtype].rotated and not CODECS[target_dtype].rotated:
-        targets = rotate(targets)
-    queries, query_factor = stored(targets, target_dtype)
-    codes, factor = stored(pool, dtype)
-    return factor * (codes @ (queries * query_factor).T)
+    """The cosines (N, Q) as scoring computes them from a pool of one shard and targets of these dtypes."""
+    tensors, rows = stored(pool, dtype)
+    if not CODECS[dtype].rotated:
+        return rows @ stored(targets, target_dtype)[1].T
+    queries = unit(targets)
+    common = np.where(tensors["norms"][:, None] > 0, tensors["center"] @ queries.T, np.float32(0))
+    if target_dtype == "1bit":
+        codes, scale = encode_signs(queries)
+        return common + rows @ (CODECS["1bit"].to_float(codes, pool.shape[1]) * scale[:, None]).T
+    return common + rows @ rotate(queries).T
 
 
 def measure(pool: Float32, targets: Float32, reference: Reference, n: int) -> Measures:

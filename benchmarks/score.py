@@ -28,7 +28,8 @@ from less_fast.ops.inner_products import default_threads
 from less_fast.projection import Projection
 from less_fast.scoring import ScoreStream
 from less_fast.store import FeatureStore, Rows, StoreWriter
-from less_fast.store.codec import CODECS
+from less_fast.store.codec import CODECS, encode_signs
+from less_fast.store.rotation import rotate_back
 
 QUERIES = (1, 9, 57, 285)
 SHARD = 4096
@@ -68,11 +69,14 @@ def check(case: Case, target: FeatureStore) -> None:
     store, rows = case.stream.train[0], slice(0, 64)
     unit = store[rows].astype(np.float64) / store.norms[rows, None]
     queries = target[:].astype(np.float64) / target.norms[:, None]
+    expected = unit @ queries.T
     if case.query_dtype == "1bit":
-        codec, coded = CODECS["1bit"], np.empty(target[:].shape, np.float32)
-        codec.decode(codec.encode(queries.astype(np.float32)), slice(None), coded)
-        queries = coded.astype(np.float64)
-    error = np.abs(block.matrix[rows] - unit @ queries.T).max()
+        stored = store.stored(0, 64)
+        assert stored is not None and stored.center is not None
+        codes, scale = encode_signs(queries.astype(np.float32))
+        signs = rotate_back(CODECS["1bit"].to_float(codes, store.dim)) * scale[:, None].astype(np.float64)
+        expected = stored.center @ queries.T + (unit - stored.center) @ signs.T
+    error = np.abs(block.matrix[rows] - expected).max()
     if not error < 1e-6:
         raise SystemExit(f"{case}: scores are off by {error:.1e}; not timing a wrong result")
 

@@ -66,7 +66,7 @@ def test_scores_and_selections_are_those_of_stores(module: Any, tmp_path: Path, 
     subtasks: list[str | None] = ["x", "y", "x", "y", "y"]
     stored_target = "float32" if target_dtype == "1bit" else target_dtype
     scores = influence(
-        make_store(tmp_path / "pool", pool, dtype=dtype),
+        make_store(tmp_path / "pool", pool, dtype=dtype, shard_size=len(pool)),
         make_store(tmp_path / "targets", targets, dtype=stored_target, subtasks=subtasks),
         queries="1bit" if target_dtype == "1bit" else "float32",
     )

@@ -221,7 +221,11 @@ def test_what_is_refused(pool: Pool, tmp_path: Path) -> None:
         (["sums"], [*n, "--cap", "-1"], "--cap is '-1'; expected NAME=500"),
         (["sums"], [*n, "--out", pool.folder / "x.csv"], "expected a name that ends in .jsonl or .parquet"),
         (["sums"], [*n, "--report", pool.folder / "sums.parquet"], "is a file that is read"),
-        (["sums"], [*n, "--dedupe", pool.folder / "store", "--report", pool.folder / "store/r.json"], "lies in .*store"),
+        (
+            ["sums"],
+            [*n, "--dedupe", pool.folder / "store", "--report", pool.folder / "store/r.json"],
+            "lies in .*store",
+        ),
         (["sums"], [*n, "--dedupe", pool.folder / "signs"], "signs holds 1bit features"),
         (["sums"], [*n, "--dedupe", tmp_path / "none"], "none"),
         (["sums"], [*n, "--dedupe", tmp_path / "short"], "has scores of 60 examples, but .*short has 3; give stores"),

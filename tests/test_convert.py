@@ -91,19 +91,15 @@ def test_from_float32_the_files_are_those_of_a_direct_extraction(
 def test_every_pair(tmp_path: Path, features: np.ndarray, source_dtype: str, dtype: str) -> None:
     source = make_store(tmp_path / "source", features, status=STATUS, dtype=source_dtype)
     converted = quietly(source.path, tmp_path / "converted", dtype=dtype)
-    expected = CODECS[dtype].encode(np.where(STATUS[:, None] == Status.OK, source[:], np.float32(0)))
+    decoded = np.where(STATUS[:, None] == Status.OK, source[:], np.float32(0))
+    again = make_store(tmp_path / "again", decoded, status=STATUS, dtype=dtype)
     for start in range(0, N, 4):
         stored = converted.stored(start, min(start + 4, N))
-        assert stored is not None
-        if dtype == source_dtype:
-            original = source.stored(start, min(start + 4, N))
-            assert original is not None
-            expected_codes, expected_scale = original.codes, original.scale
-        else:
-            expected_codes, expected_scale = expected["features"][start : start + 4], expected.get("scale")
-            expected_scale = None if expected_scale is None else expected_scale[start : start + 4]
-        np.testing.assert_array_equal(stored.codes, expected_codes)
-        np.testing.assert_array_equal(stored.scale, expected_scale)
+        expected = (source if dtype == source_dtype else again).stored(start, min(start + 4, N))
+        assert stored is not None and expected is not None
+        np.testing.assert_array_equal(stored.codes, expected.codes)
+        np.testing.assert_array_equal(stored.scale, expected.scale)
+        np.testing.assert_array_equal(stored.center, expected.center)
     for name in ("status", "n_tokens", "n_labels", "norms"):
         np.testing.assert_array_equal(getattr(converted, name), getattr(source, name))
     exact = np.where(STATUS == Status.OK, np.linalg.norm(features.astype(np.float64), axis=1), 0)
@@ -131,9 +127,51 @@ def test_any_features_and_any_windows(
     direct = make_store(folder / "direct", source[:], dtype=pair[1], shard_size=sizes[1])
     np.testing.assert_array_equal(converted.norms, source.norms)
     np.testing.assert_array_equal(converted.status, source.status)
-    expected = source if pair[0] == pair[1] else direct
-    np.testing.assert_array_equal(converted[:], expected[:])
     assert converted.shard_size == sizes[1] and converted.verify().ok
+    if pair[0] == pair[1] != "1bit":
+        np.testing.assert_array_equal(converted[:], source[:])
+    elif pair[1] != "1bit":
+        np.testing.assert_array_equal(converted[:], direct[:])
+    lost = (source.norms > 0) & ~source[:].any(axis=1)  # rows that an earlier rounding has brought to zero
+    for start in range(0, len(x), sizes[1]):
+        rows = slice(start, min(start + sizes[1], len(x)))
+        same_shard = rows.start % sizes[0] == 0 and rows.stop == min(rows.start + sizes[0], len(x))
+        origin = source if pair[0] == pair[1] and same_shard else direct
+        found, expected = (store.stored(rows.start, rows.stop) for store in (converted, origin))
+        assert found is not None and expected is not None
+        if pair[1] == "1bit":
+            assert found.scale is not None and expected.scale is not None
+            np.testing.assert_array_equal(found.center, expected.center)
+            np.testing.assert_array_equal(found.codes[~lost[rows]], expected.codes[~lost[rows]])
+            np.testing.assert_array_equal(found.scale[~lost[rows]], expected.scale[~lost[rows]])
+
+
+def test_signs_that_come_into_other_shards_are_taken_again(tmp_path: Path) -> None:
+    x = np.random.default_rng(5).standard_normal((24, 256)).astype(np.float32) + 3
+    source = make_store(tmp_path / "source", x, dtype="1bit", shard_size=8)
+    same = quietly(source.path, tmp_path / "same", dtype="1bit")
+    ours, theirs = folder_hashes(same.path), folder_hashes(source.path)
+    assert {name for name in theirs if ours[name] != theirs[name]} == {"manifest.json"}
+    other = quietly(source.path, tmp_path / "other", dtype="1bit", shard_size=12)
+    np.testing.assert_array_equal(other.norms, source.norms)
+    for start in (0, 12):
+        stored = other.stored(start, start + 12)
+        assert stored is not None and stored.center is not None
+        unit = source[start : start + 12].astype(np.float64)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        np.testing.assert_allclose(stored.center, unit.mean(axis=0), rtol=1e-6)
+    cosines = (other[:] * x).sum(axis=1) / np.linalg.norm(other[:], axis=1) / np.linalg.norm(x, axis=1)
+    assert (cosines > 0.95).all()  # signs twice; with none it is 0.95 at most
+
+
+def test_a_row_that_an_earlier_rounding_brought_to_zero_stays_near_zero(tmp_path: Path) -> None:
+    x = np.random.default_rng(6).standard_normal((9, 256)).astype(np.float32) + 3
+    x[3] = 1e-42  # int8 has no scale that is small enough
+    source = make_store(tmp_path / "source", x, dtype="int8", shard_size=9)
+    assert source.norms[3] > 0 and not source[3].any()
+    converted = quietly(source.path, tmp_path / "out", dtype="1bit")
+    unit = converted[:].astype(np.float64) / converted.norms[:, None].astype(np.float64)
+    assert abs((unit[3] * unit[4]).sum()) < 0.1 < (unit[5] * unit[4]).sum()
 
 
 def test_other_windows_keep_what_was_said_of_the_old_ones(tmp_path: Path, features: np.ndarray) -> None:

@@ -411,6 +411,17 @@ def test_numbers_that_no_row_has_are_refused(
     assert "tensor status holds 3, expected 0, 1 or 2" in refusal(lambda: FeatureStore(path).status)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_center_that_is_not_finite_is_refused(copies: Callable[[str], Path], value: float) -> None:
+    path = copies("1bit")
+    content = bytearray((path / SHARD_1).read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little")
+    place = end + json.loads(content[8:end])["center"]["data_offsets"][1] - 4
+    content[place : place + 4] = np.float32(value).tobytes()
+    (path / SHARD_1).write_bytes(content)
+    assert "tensor center holds a non-finite number" in refusal(lambda: FeatureStore(path).status)
+
+
 # The parts
 
 

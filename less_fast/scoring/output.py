@@ -150,6 +150,8 @@ def stream_scores(
                 array.write(block.matrix.data)
             n_valid += int(block.valid.sum())
             bar.update(len(block.valid))
+        if not n_valid:
+            raise LessFastError(f"no row of {stream.train[0].path} has a usable gradient; there is nothing to score")
     return n_valid
 
 

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 
 from less_fast.errors import LessFastError
 from less_fast.ops.inner_products import inner_products, inner_products_bits
-from less_fast.scoring.targets import Target, unit_rows
+from less_fast.scoring.targets import Target, inverse, unit_rows
 from less_fast.store import FeatureStore, StoredRows
-from less_fast.store.codec import CODECS
+from less_fast.store.codec import CODECS, encode_signs
 from less_fast.store.rotation import rotate
 
 Float32 = NDArray[np.float32]
 
+_CHUNK = 512
+_LARGEST = float(np.finfo(np.float32).max)
 
-class Products(Protocol):
-    """The queries of one checkpoint, ready to be multiplied with the codes of its training store."""
+
+class _CodeProducts(Protocol):
+    """Queries, ready to be multiplied with stored codes."""
 
     @property
     def row_bytes(self) -> int:
@@ -27,6 +30,51 @@ class Products(Protocol):
 
     def add(self, rows: StoredRows, factor: Float32, out: Float32, *, accumulate: bool) -> None:
         """``out`` (n, subtasks) = or += factor (n,) · <codes, query> for every row and query."""
+
+
+class Products:
+    """The queries of one checkpoint, ready to be multiplied with the rows of its training store.
+
+    ``query`` float32 (subtasks, K), not rotated, meets the shards' centers, and ``codes`` holds what meets the codes.
+    """
+
+    def __init__(self, query: Float32, codes: _CodeProducts) -> None:
+        self._query, self._codes = _in_chunks(query), codes
+        self.row_bytes = codes.row_bytes
+
+    def add(self, rows: StoredRows, share: float, out: Float32, *, accumulate: bool) -> None:
+        """``out`` (n, subtasks) = or += share · <row, query> / norm, and 0 for rows of norm 0."""
+        if rows.center is not None:
+            self._add_center(rows.center, rows.norms > 0, share, out, accumulate)
+        self._codes.add(rows, _factor(rows, share), out, accumulate=accumulate or rows.center is not None)
+
+    def _add_center(
+        self, center: Float32, has_norm: NDArray[np.bool_], share: float, out: Float32, accumulate: bool
+    ) -> None:
+        # Not by a matrix product: the order of its sums may depend on the number of threads.
+        sums = np.einsum("qck,ck->qc", self._query, _in_chunks(center[None])[0])
+        common = (share * sums.sum(axis=1, dtype=np.float64)).astype(np.float32)
+        if not has_norm.all():
+            common = np.where(has_norm[:, None], common, np.float32(0.0))
+        if accumulate:
+            out += common
+        else:
+            out[:] = common
+
+
+def _in_chunks(rows: Float32) -> Float32:
+    """(n, K) as (n, chunks, _CHUNK), with zeros at the end: float32 sums of a chunk lose little."""
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % _CHUNK))).reshape(len(rows), -1, _CHUNK)
+
+
+def _factor(rows: StoredRows, share: float) -> Float32:
+    """What the product of a row's codes with a query is to be multiplied by."""
+    if rows.center is not None and rows.scale is not None:  # codes of unit rows
+        return np.where(rows.norms > 0, np.float32(share) * rows.scale, np.float32(0.0))
+    factor = share * inverse(rows.norms)
+    if rows.scale is not None:
+        factor *= rows.scale
+    return np.minimum(factor, _LARGEST).astype(np.float32)
 
 
 def prepare(
@@ -43,14 +91,16 @@ def prepare(
                     f"{store.path} holds {store.dtype} features, and 1bit queries are compared with 1bit ones; "
                     "convert the store, or use float32 queries"
                 )
-        return [_BitProducts(store.dim, targets, c, memory, place) for c, store in enumerate(train)]
-    folded: list[Products] = []
+    products = []
     for checkpoint, store in enumerate(train):
         query = np.concatenate([target.queries(checkpoint, memory) for target in targets])
-        if CODECS[store.dtype].rotated:
-            query = rotate(query)
-        folded.append(_FloatProducts(store, query, place))
-    return folded
+        codes: _CodeProducts
+        if queries == "1bit":
+            codes = _BitProducts(store.dim, targets, checkpoint, memory, place)
+        else:
+            codes = _FloatProducts(store, query, place)
+        products.append(Products(query, codes))
+    return products
 
 
 def _cuda(device: str) -> Any:
@@ -72,6 +122,8 @@ class _FloatProducts:
     row_bytes = 0
 
     def __init__(self, store: FeatureStore, query: Float32, device: Any) -> None:
+        if CODECS[store.dtype].rotated:
+            query = rotate(query)
         self._dtype, self._dim, self._query, self._on_device = store.dtype, store.dim, query, None
         if device is not None:
             from less_fast.ops.device_products import DeviceQueries, HostProducts
@@ -90,35 +142,34 @@ class _BitProducts:
 
     def __init__(self, dim: int, targets: Sequence[Target], checkpoint: int, memory: int, device: Any) -> None:
         parts = [
-            CODECS["1bit"].encode(rows.astype(np.float32))
+            encode_signs(rows.astype(np.float32))
             for target in targets
             for _, rows in unit_rows(target.stores[checkpoint], memory)
         ]
         self._dim, self._on_device = dim, None
-        self._codes, self._factor = (np.concatenate([part[name] for part in parts]) for name in ("features", "scale"))
-        ends = np.cumsum([target.members.shape for target in targets], axis=0)
-        self._members = np.zeros(tuple(ends[-1]), np.float32)
-        for target, (row, column) in zip(targets, ends):
-            n, width = target.members.shape
-            self._members[row - n : row, column - width : column] = target.members
+        self._codes, self._factor = map(np.concatenate, zip(*parts))
+        first_columns = np.cumsum([0, *(len(target.subtasks) for target in targets)])
+        columns = np.concatenate([first + target.columns for first, target in zip(first_columns, targets)])
         # Where every subtask has one row, in order, its cosines are the scores.
-        self._is_mean = not np.array_equal(self._members, np.eye(*self._members.shape, dtype=np.float32))
-        self.row_bytes = 4 * len(self._codes) if self._is_mean else 0
+        self._means: Float32 | None = None
+        if not np.array_equal(columns, np.arange(first_columns[-1])):
+            self._means = np.zeros((first_columns[-1], len(columns)), np.float32)
+            self._means[columns, np.arange(len(columns))] = np.concatenate([target.weights for target in targets])
+        self.row_bytes = 0 if self._means is None else 4 * len(columns)
         if device is not None:
             from less_fast.ops.device_products import DeviceBits, HostProducts
 
             self._on_device = HostProducts(DeviceBits(self._codes, self._factor, dim, device))
 
     def add(self, rows: StoredRows, factor: Float32, out: Float32, *, accumulate: bool) -> None:
-        if not self._is_mean:
+        if self._means is None:
             self._multiply(rows, factor, out, accumulate)
             return
         cosines = np.empty((len(factor), len(self._codes)), np.float32)
         self._multiply(rows, factor, cosines, accumulate=False)
-        if accumulate:
-            out += cosines @ self._members
-        else:
-            np.matmul(cosines, self._members, out=out)
+        # By the kernel, whose bits for a row do not depend on its neighbours: equal rows have equal scores.
+        ones = np.ones(len(factor), np.float32)
+        inner_products(cosines, "float32", cosines.shape[1], self._means, ones, out, accumulate=accumulate)
 
     def _multiply(self, rows: StoredRows, factor: Float32, out: Float32, accumulate: bool) -> None:
         if self._on_device is not None:

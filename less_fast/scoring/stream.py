@@ -14,12 +14,13 @@ from less_fast.ahead import ahead
 from less_fast.errors import CorruptStoreError, LessFastError
 from less_fast.scoring.compatible import check_checkpoints
 from less_fast.scoring.products import Products, prepare
-from less_fast.scoring.targets import Stores, inverse, open_stores, open_target
+from less_fast.scoring.targets import Stores, open_stores, open_target
 from less_fast.store import Status, StoredRows
+from less_fast.store.manifest import ROWS_NAME
+from less_fast.store.rows import check_rows
 
 MEMORY = 256 << 20  # bytes
 LEAST_MEMORY = 1 << 20
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ScoreStream:
     ----------
     train_stores : one store or path, or one per checkpoint, of the same examples. Rows of shards that a store opened
         with ``allow_partial`` does without are invalid.
-    targets : name -> the target's store, or one per checkpoint.
+    targets : the target's store, or one per checkpoint; or name -> that, for several targets.
     weights : one per checkpoint; made to sum to 1, equal where not given.
     queries : ``float32``, or ``1bit``: every target row is rounded to a sign per feature and compared with the pool's
         signs by counting bits, which needs 1bit training stores.
@@ -61,7 +62,7 @@ class ScoreStream:
     def __init__(
         self,
         train_stores: Stores,
-        targets: Mapping[str, Stores],
+        targets: Stores | Mapping[str, Stores],
         weights: Sequence[float] | None = None,
         *,
         queries: str = "float32",
@@ -70,10 +71,15 @@ class ScoreStream:
     ) -> None:
         self.train = open_stores(train_stores)
         check_checkpoints(self.train)
+        for store in self.train:
+            check_rows(store.path / ROWS_NAME, len(store))  # before memory is asked for by what a manifest says
+        named = targets if isinstance(targets, Mapping) else {"": targets}
+        if not named:
+            raise LessFastError("no targets were given; expected at least one")
         self.shares = _shares(weights, len(self.train))
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < LEAST_MEMORY:
             raise LessFastError(f"memory is {memory!r}; expected a number of bytes, at least {LEAST_MEMORY} (1 MiB)")
-        opened = {name: open_target(self.train, open_stores(stores)) for name, stores in targets.items()}
+        opened = {name: open_target(self.train, open_stores(stores)) for name, stores in named.items()}
         self.subtasks = {name: target.subtasks for name, target in opened.items()}
         self._products: list[Products] = prepare(self.train, list(opened.values()), queries, memory, device)
         row_bytes = max(4 * self.n_columns + products.row_bytes for products in self._products)
@@ -90,17 +96,17 @@ class ScoreStream:
         return sum(map(len, self.subtasks.values()))
 
     def columns(self, target: str) -> slice:
-        """Where a target's subtasks lie among the columns of a block."""
+        """Where a target's subtasks lie among the columns of a block; raises LessFastError for an unknown target."""
         names = list(self.subtasks)
+        if target not in names:
+            raise LessFastError(f"target {target!r} is none of those of this pass: {', '.join(map(repr, names))}")
         first = sum(len(self.subtasks[name]) for name in names[: names.index(target)])
         return slice(first, first + len(self.subtasks[target]))
 
     def blocks(self, into: NDArray[np.float32] | None = None) -> Iterator[ScoreBlock]:
         """The scores of all rows, in order; ``into`` float32 (N, n_columns): where the matrices are to be written."""
-        size = 0 if into is not None else min(self._block_rows, max(store.shard_size for store in self.train))
-        buffer = np.empty((size, self.n_columns), np.float32)
         for start, stop, pieces in self._pieces():
-            matrix = buffer[: stop - start] if into is None else into[start:stop]
+            matrix = np.empty((stop - start, self.n_columns), np.float32) if into is None else into[start:stop]
             yield self._score(start, stop, pieces, matrix)
 
     def _pieces(self) -> Iterator[tuple[int, int, list[StoredRows | None]]]:
@@ -131,11 +137,12 @@ class ScoreStream:
         whole = [piece for piece in pieces if piece is not None]
         valid = np.logical_and.reduce([piece.status == Status.OK for piece in whole])
         for checkpoint, (piece, share) in enumerate(zip(whole, self.shares)):
-            self._products[checkpoint].add(piece, _factor(piece, share), matrix, accumulate=checkpoint > 0)
+            self._products[checkpoint].add(piece, share, matrix, accumulate=checkpoint > 0)
         if not valid.all():
             matrix[~valid] = -np.inf
         # A float32 sum of scores, which are about 1 at most, is finite where they are.
-        finite = np.isfinite(matrix.sum(axis=1))
+        with np.errstate(invalid="ignore"):
+            finite = np.isfinite(matrix.sum(axis=1))
         if (finite != valid).any():
             raise self._not_finite(start + int(np.flatnonzero(finite != valid)[0]))
         return ScoreBlock(start, matrix, valid)
@@ -150,18 +157,13 @@ class ScoreStream:
         return CorruptStoreError(f"{self.train[0].path}: the score of row {row} is not finite")
 
 
-def _factor(piece: StoredRows, share: float) -> NDArray[np.float32]:
-    """What the product of a row's codes with a query is to be multiplied by."""
-    factor = share * inverse(piece.norms)
-    if piece.scale is not None:
-        factor *= piece.scale
-    return np.minimum(factor, _LARGEST).astype(np.float32)
-
-
 def _shares(weights: Sequence[float] | None, n_checkpoints: int) -> list[float]:
     if weights is None:
         weights = [1.0] * n_checkpoints
-    values = [float(weight) for weight in weights]
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise LessFastError(f"checkpoint weights are {weights!r}; expected a list of numbers") from None
     if len(values) != n_checkpoints:
         raise LessFastError(f"{len(values)} checkpoint weights for {n_checkpoints} training stores; expected one each")
     total = math.fsum(values)

@@ -23,21 +23,24 @@ WHOLE_TARGET = "all"  # the subtask of target rows that name none
 
 @dataclass(frozen=True)
 class Target:
-    """The stores of one target, one per checkpoint, with the weight of each row in each subtask's mean.
+    """The stores of one target, one per checkpoint, with each row's subtask and weight in its mean.
 
-    ``members`` float64 (rows, subtasks): 1 / size of the subtask where a usable row is in it, else 0.
+    ``columns`` int64 (rows,): the number of the row's subtask. ``weights`` float64 (rows,): 1 / usable rows of that
+    subtask, 0 for a row that is not usable.
     """
 
     stores: list[FeatureStore]
     subtasks: list[str]
-    members: NDArray[np.float64]
+    columns: NDArray[np.int64]
+    weights: NDArray[np.float64]
 
     def queries(self, checkpoint: int, block_bytes: int) -> NDArray[np.float32]:
         """Mean of each subtask's unit rows at one checkpoint: float32 (subtasks, K)."""
         store = self.stores[checkpoint]
         query = np.zeros((len(self.subtasks), store.dim))
         for start, rows in unit_rows(store, block_bytes):
-            query += self.members[start : start + len(rows)].T @ rows
+            for row, column, weight in zip(rows, self.columns[start:], self.weights[start:]):
+                query[column] += weight * row
         return query.astype(np.float32)
 
 
@@ -68,19 +71,19 @@ def open_target(train: list[FeatureStore], target: list[FeatureStore]) -> Target
     if not valid.all():
         count = int((~valid).sum())
         warnings.warn(f"{count} of {len(valid)} rows of target {path} have no usable gradient; left out", stacklevel=4)
-    column = {name: i for i, name in enumerate(subtasks)}
-    members = np.zeros((len(names), len(subtasks)))
-    members[np.arange(len(names)), [column[name] for name in names]] = valid
-    sizes = members.sum(axis=0)
+    number = {name: i for i, name in enumerate(subtasks)}
+    columns = np.array([number[name] for name in names], np.int64)
+    sizes = np.bincount(columns[valid], minlength=len(subtasks))
     for name, size in zip(subtasks, sizes):
         if not size:
             raise LessFastError(f"subtask {name!r} of target {path} has no row with a usable gradient")
-    return Target(target, subtasks, members / sizes)
+    return Target(target, subtasks, columns, valid / sizes[columns])
 
 
 def unit_rows(store: FeatureStore, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """(first row, rows divided by their norms, float64 (n, K)) of a whole store, in blocks of ``block_bytes``."""
-    for start, block in store.blocks(max(1, block_bytes // (12 * store.dim))):
+    # Rows, their float64 quotients, and what becomes of those take some 40 bytes an entry.
+    for start, block in store.blocks(max(1, block_bytes // (40 * store.dim))):
         yield start, block * inverse(store.norms[start : start + len(block)])[:, None]
 
 

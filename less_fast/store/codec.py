@@ -3,7 +3,8 @@
 float16 and bfloat16 rows are multiplied by a power of two of their own before rounding, kept in the float32 column
 ``scale``, so that neither a raw SGD gradient near 1e-7 goes subnormal nor an Adam step of 1e6 overflows. Multiplying
 by a power of two is exact, so each entry is off by the rounding of its own stored bits only. int8 rows are counted in
-127th parts of their largest entry, 1bit rows keep the signs of the rotated row.
+127th parts of their largest entry. 1bit rows keep the signs of what the rotated unit row has that its shard's mean unit
+row has not: most of a gradient feature is one direction that all rows share, and it would take most of the signs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 _TOP_EXPONENT = 15
 # The scale itself must stay a normal float32.
 _LOWEST_EXPONENT = -126
+_LARGEST = np.finfo(np.float32).max
 _LARGEST_INT8 = 127  # not -128: the codes of a row and of its negative are each other's
 
 
@@ -48,10 +50,11 @@ class Codec:
 
     ``tag``, ``dtype``: as in :class:`TensorSpec`. ``to_codes``: finite float32 (n, K), below 2^127 in size, to codes
     and, where ``scaled``, a factor per row; ``to_float``: codes to float32 (n, K) before that factor is applied.
-    ``per_element``: entries of a row that one stored element holds. ``rotated``: whether codes are of rotated rows.
-    ``schema``: the first version of the store's format that has this dtype.
+    ``per_element``: entries of a row that one stored element holds. ``rotated``: whether codes are of rotated rows, and
+    those rows unit rows less the center of their shard. ``schema``: the first version of the store's format that has
+    this dtype.
 
-    A row's codes and factor depend on that row alone, not on the rows that are encoded with it.
+    A row's codes and factor depend on the row that is encoded alone, not on the rows that are encoded with it.
     """
 
     tag: str
@@ -64,7 +67,7 @@ class Codec:
     schema: int = 1
 
     def tensors(self, n: int, dim: int) -> dict[str, TensorSpec]:
-        """The tensors that hold the features of ``n`` rows."""
+        """The tensors that hold the features of ``n`` rows, an entry for each row."""
         specs = {"features": TensorSpec(self.tag, self.dtype, (n, -(-dim // self.per_element)))}
         if self.scaled:
             specs["scale"] = TensorSpec("F32", "<f4", (n,))
@@ -78,10 +81,15 @@ class Codec:
     def decode(self, tensors: Mapping[str, Array], rows: slice | NDArray[np.int64], out: Float32) -> None:
         """Fill ``out`` (n, K) with the chosen rows of a shard's tensors."""
         values = self.to_float(tensors["features"][rows], out.shape[1])
-        # Codes are turned back before they are scaled: sums of K scaled ones could leave float32's range.
         out[:] = rotate_back(values) if self.rotated else values
         if self.scaled:
             out *= tensors["scale"][rows][:, None]
+        if self.rotated:
+            out += tensors["center"]
+            # An entry that is read from signs can be 2 sqrt(K) times as large as the row's norm.
+            with np.errstate(over="ignore"):
+                out *= tensors["norms"][rows][:, None]
+            np.clip(out, -_LARGEST, _LARGEST, out=out)
 
 
 def round_to_bfloat16(x: Float32) -> NDArray[np.uint16]:
@@ -95,14 +103,10 @@ def widen_bfloat16(bits: Array) -> Float32:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _exponent(rows: Float32) -> NDArray[np.int32]:
-    """The power of two above each row's largest entry, (n,)."""
-    return np.frexp(np.abs(rows).max(axis=1, initial=0.0))[1]
-
-
 def _scaled_by_power_of_two(narrow: Callable[[Float32], Array]) -> Callable[[Float32], tuple[Array, Float32]]:
     def to_codes(rows: Float32) -> tuple[Array, Float32]:
-        exponent = np.maximum(_exponent(rows) - _TOP_EXPONENT, _LOWEST_EXPONENT)
+        _, above = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
+        exponent = np.maximum(above - _TOP_EXPONENT, _LOWEST_EXPONENT)
         codes = narrow(rows * np.ldexp(np.float32(1.0), -exponent)[:, None])
         return codes, np.ldexp(np.float32(1.0), exponent)
 
@@ -115,15 +119,17 @@ def _to_int8(rows: Float32) -> tuple[Array, Float32]:
     return np.rint(rows / scale[:, None]).astype(np.int8), scale
 
 
-def _to_bits(rows: Float32) -> tuple[Array, Float32]:
-    # Multiplied by a power of two first, as above, so that no sum of a rotation is rounded to a subnormal number.
-    exponent = np.clip(_exponent(rows), _LOWEST_EXPONENT, -_LOWEST_EXPONENT)
-    turned = rotate(rows * np.ldexp(np.float32(1.0), -exponent)[:, None])
+def encode_signs(rows: Float32) -> tuple[Array, Float32]:
+    """Signs of y = R x for every row of float32 (n, K), about 1 in size: uint8 (n, ceil(K / 8)), and |y|^2 / sum|y|.
+
+    A set bit is a negative entry, the lowest bit comes first. The factor, float32 (n,), of a row of zeros is 0.
+    """
+    turned = rotate(rows)
     wide = np.abs(turned.astype(np.float64))
     total = wide.sum(axis=1)
-    # |x|^2 / sum |Rx|: with it, the inner product with another row is right on average over rotations.
+    # With this factor, the inner product with another row is right on average over rotations.
     scale = np.divide(np.einsum("ij,ij->i", wide, wide), total, out=np.zeros_like(total), where=total > 0)
-    return np.packbits(turned < 0, axis=1, bitorder="little"), np.ldexp(scale, exponent).astype(np.float32)
+    return np.packbits(turned < 0, axis=1, bitorder="little"), scale.astype(np.float32)
 
 
 def _from_bits(codes: Array, dim: int) -> Float32:
@@ -152,5 +158,5 @@ CODECS: dict[str, Codec] = {
     "float16": Codec("F16", "<f2", _scaled_by_power_of_two(_to_float16), _as_float32),
     "bfloat16": Codec("BF16", "<u2", _scaled_by_power_of_two(round_to_bfloat16), _from_bfloat16),
     "int8": Codec("I8", "|i1", _to_int8, _as_float32, schema=2),
-    "1bit": Codec("U8", "|u1", _to_bits, _from_bits, per_element=8, rotated=True, schema=2),
+    "1bit": Codec("U8", "|u1", encode_signs, _from_bits, per_element=8, rotated=True, schema=2),
 }

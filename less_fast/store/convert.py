@@ -37,8 +37,9 @@ def convert_store(
     Parameters
     ----------
     source, out : folders of the stores.
-    dtype : ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``1bit``. The source's own copies the codes. A larger
-        one than the source's gets a warning, since what was rounded away does not come back.
+    dtype : ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``1bit``. The source's own copies the codes, but signs
+        that come into other shards are read and taken again, against the centers of those. A larger dtype than the
+        source's gets a warning, since what was rounded away does not come back.
     shard_size : rows per shard of ``out``; default: the source's.
     verify : compare each file of the source with its checksum before it is used.
     progress : show a progress bar with rows/s and the time left.
@@ -96,7 +97,7 @@ def _row_bytes(dtype: str, dim: int) -> int:
     return CODECS[dtype].tensors(1, dim)["features"].nbytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Window:
     """Rows [start, start + n) of a store as float32, decoded as they are asked for; ``told`` hears how many."""
 
@@ -104,9 +105,12 @@ class _Window:
     start: int
     shape: tuple[int, int]
     told: Callable[[int], object]
+    n_told: int = 0
 
     def __getitem__(self, rows: slice) -> Float32:
-        self.told(rows.stop - rows.start)
+        if rows.stop > self.n_told:  # signs are taken in a second pass, which is no news
+            self.told(rows.stop - self.n_told)
+            self.n_told = rows.stop
         return self.store[self.start + rows.start : self.start + rows.stop]
 
 
@@ -116,16 +120,23 @@ def _tensors(
     """The tensors of a shard with rows [start, stop)."""
     names = ("status", "norms", "n_tokens", "n_labels")
     kept: dict[str, Array] = {name: getattr(columns, name)[start:stop] for name in names}
-    if dtype != store.dtype:
+    codec = CODECS[dtype]
+    if dtype != store.dtype or (codec.rotated and not _is_shard(store, start, stop)):
         window = _Window(store, start, (stop - start, store.dim), told)
-        return {**kept, **encode_shard(CODECS[dtype], window, kept["status"], kept["norms"])}
+        return {**kept, **encode_shard(codec, window, kept["status"], kept["norms"])}
     # Decoding and encoding again would round the scales once more.
     parts = [part for piece in _pieces(store, start, stop) if (part := store.stored(*piece))]
     kept["features"] = np.concatenate([part.codes for part in parts])
-    if CODECS[dtype].scaled:
+    if codec.scaled:
         kept["scale"] = np.concatenate([part.scale for part in parts if part.scale is not None])
+    kept.update(("center", part.center) for part in parts if part.center is not None)
     told(stop - start)
     return kept
+
+
+def _is_shard(store: FeatureStore, start: int, stop: int) -> bool:
+    """Whether rows [start, stop) are those of one shard of the store."""
+    return start % store.shard_size == 0 and stop == min(start + store.shard_size, len(store))
 
 
 def _pieces(store: FeatureStore, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -139,8 +150,7 @@ def _pieces(store: FeatureStore, start: int, stop: int) -> Iterator[tuple[int, i
 def _shard_facts(store: FeatureStore, start: int, stop: int) -> dict[str, Any]:
     """The facts of the source's shard; where the windows differ, of all those that rows [start, stop) are from."""
     entries = {entry["start"]: entry for entry in store.manifest["shards"]}
-    first = entries.get(start)
-    if first is not None and first["stop"] == stop:
-        return dict(first["facts"])
+    if _is_shard(store, start, stop):
+        return dict(entries[start]["facts"])
     found = (entries[piece - piece % store.shard_size] for piece, _ in _pieces(store, start, stop))
     return {"converted_from": [{name: entry[name] for name in ("start", "stop", "facts")} for entry in found]}

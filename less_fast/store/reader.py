@@ -48,6 +48,7 @@ class StoredRows:
     """Rows [start, stop) of a store as they lie in one shard: read-only views of its file.
 
     ``codes`` (stop - start, see the store's dtype), ``scale`` float32 or None, ``norms`` float32, ``status`` uint8.
+    ``center`` float32 (K,), of all rows of the shard, in 1bit stores; else None.
     """
 
     start: int
@@ -56,6 +57,7 @@ class StoredRows:
     scale: Float32 | None
     norms: Float32
     status: NDArray[np.uint8]
+    center: Float32 | None
 
 
 class FeatureStore:
@@ -222,8 +224,8 @@ class FeatureStore:
             return None
         rows = slice(start - first, stop - first)
         scale = shard.tensors["scale"][rows] if self._manifest.codec.scaled else None
-        columns = (shard.tensors[name][rows] for name in ("norms", "status"))
-        return StoredRows(start, stop, shard.tensors["features"][rows], scale, *columns)
+        codes, norms, status = (shard.tensors[name][rows] for name in ("features", "norms", "status"))
+        return StoredRows(start, stop, codes, scale, norms, status, shard.tensors.get("center"))
 
     def verify(self) -> Verification:
         """Read every file and compare it with its checksum."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from less_fast.errors import CorruptStoreError
 from less_fast.store.codec import Array, Codec, Float32, TensorSpec
@@ -48,6 +48,8 @@ def shard_tensors(codec: Codec, n: int, dim: int) -> dict[str, TensorSpec]:
         "status": TensorSpec("U8", "|u1", (n,)),
         **codec.tensors(n, dim),
     }
+    if codec.rotated:
+        specs["center"] = TensorSpec("F32", "<f4", (dim,))
     return dict(sorted(specs.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize))
 
 
@@ -74,28 +76,50 @@ def encode_shard(
 
     ``norms``: the norms to store where ``features`` were rounded before; default: those of ``features``. A row whose
     status is not OK is stored as zeros with norm 0. An OK row that holds an inf or a NaN, or whose norm is 2^127 or
-    more (2^127 / sqrt(K) where codes are rotated), becomes a NON_FINITE one.
+    more, becomes a NON_FINITE one. Where codes are rotated, ``features`` are gone through twice.
     """
     n, dim = features.shape
-    # An entry of a row that is read from its signs can be sqrt(K) times as large as the row's norm.
-    limit = _NORM_LIMIT / math.sqrt(dim if codec.rotated else 1)
     status = status.astype(np.uint8)
     out: dict[str, Array] = {name: np.empty(s.shape, s.dtype) for name, s in codec.tensors(n, dim).items()}
     out["status"] = status
     out["norms"] = np.zeros(n, np.float32)
-    for start in range(0, n, _SLAB_ROWS):
-        rows = slice(start, min(start + _SLAB_ROWS, n))
-        slab = np.ascontiguousarray(features[rows])  # or else the order of sums, and so their bits, would be another
+    lengths = np.zeros(n)
+    total = np.zeros(dim)
+    for rows, slab in _slabs(features):
         wide = slab.astype(np.float64)
         found = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        status[rows][(status[rows] == Status.OK) & ~(found < limit)] = Status.NON_FINITE
+        status[rows][(status[rows] == Status.OK) & ~(found < _NORM_LIMIT)] = Status.NON_FINITE
         ok = status[rows] == Status.OK
         out["norms"][rows][ok] = (found if norms is None else norms[rows])[ok]
+        lengths[rows][ok] = found[ok]
+        if codec.rotated:
+            for row in _unit(slab, lengths[rows]):  # one at a time: no sum depends on where a slab ends
+                total += row
+            continue
         if not ok.all():
             slab = np.where(ok[:, None], slab, np.float32(0.0))
         for name, values in codec.encode(slab).items():
             out[name][rows] = values
+    if codec.rotated:
+        center = (total / max(1, int(np.count_nonzero(lengths)))).astype(np.float32)
+        out["center"] = center
+        for rows, slab in _slabs(features):
+            left = np.where(out["norms"][rows, None] > 0, _unit(slab, lengths[rows]) - center, np.float32(0.0))
+            for name, values in codec.encode(left).items():
+                out[name][rows] = values
     return out
+
+
+def _slabs(features: Float32 | LazyRows) -> Iterator[tuple[slice, Float32]]:
+    n = features.shape[0]
+    for start in range(0, n, _SLAB_ROWS):
+        rows = slice(start, min(start + _SLAB_ROWS, n))
+        yield rows, np.ascontiguousarray(features[rows])  # or else sums, and so their bits, would have another order
+
+
+def _unit(rows: Float32, lengths: NDArray[np.float64]) -> Float32:
+    """Float32 rows (n, K) divided by their lengths (n,); zeros where that is 0, whatever the row holds."""
+    return np.divide(rows, lengths[:, None], out=np.zeros_like(rows), where=lengths[:, None] > 0, casting="same_kind")
 
 
 def write_shard(
@@ -183,6 +207,9 @@ def _map(file: BinaryIO, codec: Codec, dim: int, start: int, stop: int, sha256: 
         values = tensors.get(name)
         if values is not None and values.size and not (values.min() >= 0 and values.max() < np.inf):
             raise ValueError(f"tensor {name} holds a negative or non-finite number")
+    center = tensors.get("center")
+    if center is not None and not (center.min() > -np.inf and center.max() < np.inf):
+        raise ValueError("tensor center holds a non-finite number")
     if (highest := tensors["status"].max(initial=0)) > Status.NON_FINITE:
         raise ValueError(f"tensor status holds {highest}, expected 0, 1 or 2")
     return Shard(tensors, metadata)

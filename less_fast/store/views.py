@@ -81,8 +81,8 @@ def to_dataset(
     import pyarrow as pa
 
     store, path = _opened(store), Path(path)
-    if path.is_dir():
-        raise LessFastError(f"{path}: is a folder; expected the name of an .arrow file")
+    if path.suffix != ".arrow":
+        raise LessFastError(f"{path}: expected the name of an .arrow file")
     rows = _rows(store, include_invalid)
     types = {"index": "int64", **dict.fromkeys(("id", "dataset", "subtask"), "string"), "status": "uint8"}
     types |= {"norm": "float32", "n_tokens": "int32", "n_labels": "int32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,36 @@ def flip_bit(file: Path, bit: int) -> None:
     data = bytearray(file.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     file.write_bytes(data)
+
+
+def rotated(x: np.ndarray) -> np.ndarray:
+    """R x of the documented R for rows (n, K), in float64: every window a product with an explicit ±1 matrix."""
+    dim = x.shape[1]
+    m = 2 ** int(math.log2(dim))
+    n_bytes = math.ceil(m / 8)
+    stream = hashlib.shake_256(b"less_fast 1bit rotation").digest(2 * n_bytes)
+    out, places = x.astype(np.float64), np.arange(m, dtype=np.uint16)
+    sign = np.array([-1.0 if bin(i).count("1") % 2 else 1.0 for i in range(m)])
+    for window, first in enumerate([0] if m == dim else [0, dim - m]):
+        drawn = stream[window * n_bytes : (window + 1) * n_bytes]
+        signs = np.array([-1.0 if drawn[i // 8] >> (i % 8) & 1 else 1.0 for i in range(m)])
+        old = out[:, first : first + m] * signs
+        for start in range(0, m, 256):  # rows of H: entry (i, j) is -1 to the number of ones that i and j share
+            rows = sign[places[start : start + 256, None] & places]
+            out[:, first + start : first + start + len(rows)] = old @ rows.T / math.sqrt(m)
+    return out
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Every row over its length, float64; rows of zeros stay."""
+    wide = x.astype(np.float64)
+    length = np.sqrt((wide**2).sum(axis=1, keepdims=True))
+    return np.divide(wide, length, out=np.zeros_like(wide), where=length > 0)
+
+
+def sign_values(x: np.ndarray) -> np.ndarray:
+    """What the signs of R x say of it, times their factor |Rx|^2 / sum|Rx|, and turned by R still: float64 (n, K)."""
+    turned = rotated(x)
+    total = np.abs(turned).sum(axis=1, keepdims=True)
+    scale = np.divide((turned**2).sum(axis=1, keepdims=True), total, out=np.zeros_like(total), where=total > 0)
+    return scale * np.where(turned < 0, -1.0, 1.0)
