@@ -137,7 +137,7 @@ def measure(folder: Path, n: int, dim: int, queries: tuple[int, ...], repeats: i
                 case.seconds.append(scan)
                 reads[case.dtype].append(plain)
     rate = max(rate, matmul_rate(repeats))
-    return [result(case, cases, min(reads[case.dtype]), rate, n, dim) for case in cases]
+    return [result(case, cases, statistics.median(reads[case.dtype]), rate, n, dim) for case in cases]
 
 
 def result(case: Case, cases: list[Case], plain: float, rate: float, n: int, dim: int) -> dict[str, Any]:

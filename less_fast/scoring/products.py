@@ -64,7 +64,9 @@ class Products:
 
 def _in_chunks(rows: Float32) -> Float32:
     """(n, K) as (n, chunks, _CHUNK), with zeros at the end: float32 sums of a chunk lose little."""
-    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % _CHUNK))).reshape(len(rows), -1, _CHUNK)
+    if extra := -rows.shape[1] % _CHUNK:
+        rows = np.pad(rows, ((0, 0), (0, extra)))
+    return rows.reshape(len(rows), -1, _CHUNK)
 
 
 def _factor(rows: StoredRows, share: float) -> Float32:

@@ -135,16 +135,17 @@ class ScoreStream:
             matrix[:] = -np.inf
             return ScoreBlock(start, matrix, np.zeros(stop - start, np.bool_))
         whole = [piece for piece in pieces if piece is not None]
-        valid = np.logical_and.reduce([piece.status == Status.OK for piece in whole])
+        valid = whole[0].status == Status.OK
+        for piece in whole[1:]:
+            valid &= piece.status == Status.OK
         for checkpoint, (piece, share) in enumerate(zip(whole, self.shares)):
             self._products[checkpoint].add(piece, share, matrix, accumulate=checkpoint > 0)
+        # A float32 sum of scores, which are about 1 at most and 0 in rows that are not OK, is finite where they are.
+        with np.errstate(invalid="ignore"):
+            if not np.isfinite(matrix.sum()) and (odd := np.flatnonzero(~np.isfinite(matrix.sum(axis=1)) & valid)).size:
+                raise self._not_finite(start + int(odd[0]))
         if not valid.all():
             matrix[~valid] = -np.inf
-        # A float32 sum of scores, which are about 1 at most, is finite where they are.
-        with np.errstate(invalid="ignore"):
-            finite = np.isfinite(matrix.sum(axis=1))
-        if (finite != valid).any():
-            raise self._not_finite(start + int(np.flatnonzero(finite != valid)[0]))
         return ScoreBlock(start, matrix, valid)
 
     def _not_finite(self, row: int) -> CorruptStoreError:
