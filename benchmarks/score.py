@@ -181,10 +181,12 @@ def measure_large(folder: Path, n: int, dim: int, repeats: int) -> list[dict[str
     shift = iter(range(n))
     store = make_store(folder / "large", n, dim, "1bit", lambda size: np.roll(block[:size], next(shift), axis=1))
     target = make_store(folder / "large-target", 57, dim, "float32", normals(1, dim))
-    program = (
-        "import resource, sys; from less_fast.cli import main\n"
+    program = (  # not ru_maxrss, which a process begins with as its parent has it
+        "import sys; from less_fast.cli import main\n"
         "try: main()\n"
-        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+        "finally:\n"
+        " status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        " print(1024 * int(status['VmHWM'].split()[0]), file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, "score", "--train", str(store.path), "--target", str(target.path)]
     seconds, peak = [], 0
