@@ -136,6 +136,11 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
     for entry in rows:
         extra = "  ".join(f"{name}={_short(entry[name])}" for name in entry if name in _SHOWN)
         print(f"{entry['op']:<18} {entry['implementation']:<28} {entry['ms_50']:10.1f} ms  {extra}")
+    append_rows(rows, path)
+
+
+def append_rows(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
+    """Append the rows to `path` as JSON lines, where there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:

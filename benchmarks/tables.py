@@ -98,6 +98,17 @@ def quality(rows: Rows) -> list[list[str]]:
     return lines
 
 
+def agreement(rows: Rows) -> list[list[str]]:
+    """What each store dtype keeps of a float32 pool's scores, a column for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [["pool", "bytes of a row", "queries as", *tasks]]
+    for dtype, query_dtype in dict.fromkeys((row["dtype"], row["query_dtype"]) for row in rows):
+        found = {row["task"]: row for row in rows if (row["dtype"], row["query_dtype"]) == (dtype, query_dtype)}
+        cells = [f"{found[t]['rank_correlation']:.4f}, {100 * found[t]['top_overlap']:.0f} %" for t in tasks]
+        lines.append([f"`{dtype}`", f"{found[tasks[0]]['row_bytes']:,}", f"`{query_dtype}`", *cells])
+    return lines
+
+
 def projections(rows: Rows) -> list[list[str]]:
     """What each kind and K keep of the exact ranking, in float32; real gradients, and such with outlier columns."""
     lines = [["gradients", "K", "projection", "error of cosines", "rank correlation", "same top 5 %"]]
@@ -162,6 +173,7 @@ TABLES = {
     "overhead": Table("overhead.json", overhead),
     "sketch": Table("sketch.json", sketch),
     "score": Table("score.json", score),
+    "agreement": Table("agreement.json", agreement),
     "scaling": Table("scaling.json", scaling),
     "quality": Table("quality.json", quality),
     "projections": Table("quality.json", projections),
