@@ -63,7 +63,9 @@ def n_bytes_of(memory: str) -> int:
 
 def require_other_file(out: Path | None, option: str, inputs: Iterable[str | Path]) -> None:
     """Raise LessFastError where an output would replace an input, or lies in the folder of one."""
-    for source in map(Path, inputs) if out is not None else ():
+    for source in map(Path, inputs):
+        if out is None:
+            return
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise LessFastError(f"{option} {out} lies in {source}, which is read; choose another place")
         if out.exists() and source.exists() and out.samefile(source):

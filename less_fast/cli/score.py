@@ -57,7 +57,7 @@ def score(
         raise LessFastError("--weights and --weights-from were both given; expected one of them")
     targets = _targets(target)
     files = _files(out, targets)
-    read = [*train, *(path for paths in targets.values() for path in paths)]
+    read: list[str | Path] = [*train, *(path for paths in targets.values() for path in paths)]
     for option, file in (("--out", out), ("--matrix", matrix)):
         require_other_file(file, option, read)
     n_bytes = n_bytes_of(memory)
