@@ -97,10 +97,14 @@ class FeatureStore:
         if missing and not allow_partial:
             raise LessFastError(
                 f"{self.path} is not finished: {missing} of {self._manifest.n_shards} shards are missing; "
-                "repeat the command that makes it to resume, or open it with allow_partial=True"
+                "repeat the command that makes it to resume, or go on without them (allow_partial=True, --allow-partial)"
             )
         if missing:
             self._check_n_rows()
+            warnings.warn(
+                f"{self.path}: {missing} of {self._manifest.n_shards} shards are missing; their rows are left out",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return self._manifest.n_rows

@@ -163,8 +163,12 @@ def open_shard(path: Path, codec: Codec, dim: int, start: int, stop: int, sha256
     try:
         with open_regular(path) as file:
             return _map(file, codec, dim, start, stop, sha256)
+    except FileNotFoundError:
+        raise CorruptStoreError(
+            f"{path}: No such file or directory; repeat the command that made it to have it made again"
+        ) from None
     except OSError as error:
-        reason = error.strerror or str(error)
+        raise CorruptStoreError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         reason = str(error)
     raise CorruptStoreError(f"{path}: {reason}; delete it and repeat the command that made it to have it made again")
