@@ -97,7 +97,7 @@ class FeatureStore:
         if missing and not allow_partial:
             raise LessFastError(
                 f"{self.path} is not finished: {missing} of {self._manifest.n_shards} shards are missing; "
-                "repeat the command that makes it to resume, or go on without them (allow_partial=True, --allow-partial)"
+                "repeat the command that makes it to resume, or go on without (allow_partial=True, --allow-partial)"
             )
         if missing:
             self._check_n_rows()
