@@ -44,22 +44,25 @@ class Products:
 
     def add(self, rows: StoredRows, share: float, out: Float32, *, accumulate: bool) -> None:
         """``out`` (n, subtasks) = or += share · <row, query> / norm, and 0 for rows of norm 0."""
-        if rows.center is not None:
-            self._add_center(rows.center, rows.norms > 0, share, out, accumulate)
-        self._codes.add(rows, _factor(rows, share), out, accumulate=accumulate or rows.center is not None)
-
-    def _add_center(
-        self, center: Float32, has_norm: NDArray[np.bool_], share: float, out: Float32, accumulate: bool
-    ) -> None:
-        # Not by a matrix product: the order of its sums may depend on the number of threads.
-        sums = np.einsum("qck,ck->qc", self._query, _in_chunks(center[None])[0])
-        common = (share * sums.sum(axis=1, dtype=np.float64)).astype(np.float32)
+        if rows.center is None or rows.scale is None:
+            self._codes.add(rows, _factor(rows, share), out, accumulate=accumulate)
+            return
+        # Codes of unit rows less their center.
+        common, factor = self._with_center(rows.center, share), np.float32(share) * rows.scale
+        has_norm = rows.norms > 0
         if not has_norm.all():
             common = np.where(has_norm[:, None], common, np.float32(0.0))
+            factor[~has_norm] = 0.0
         if accumulate:
             out += common
         else:
             out[:] = common
+        self._codes.add(rows, factor, out, accumulate=True)
+
+    def _with_center(self, center: Float32, share: float) -> Float32:
+        """Share · <center, query> of every query; not by a matrix product, whose order of sums may vary with threads."""
+        sums = np.einsum("qck,ck->qc", self._query, _in_chunks(center[None])[0])
+        return (share * sums.sum(axis=1, dtype=np.float64)).astype(np.float32)
 
 
 def _in_chunks(rows: Float32) -> Float32:
@@ -71,8 +74,6 @@ def _in_chunks(rows: Float32) -> Float32:
 
 def _factor(rows: StoredRows, share: float) -> Float32:
     """What the product of a row's codes with a query is to be multiplied by."""
-    if rows.center is not None and rows.scale is not None:  # codes of unit rows
-        return np.where(rows.norms > 0, np.float32(share) * rows.scale, np.float32(0.0))
     factor = share * inverse(rows.norms)
     if rows.scale is not None:
         factor *= rows.scale
