@@ -60,7 +60,7 @@ class Products:
         self._codes.add(rows, factor, out, accumulate=True)
 
     def _with_center(self, center: Float32, share: float) -> Float32:
-        """Share · <center, query> of every query; not by a matrix product, whose order of sums may vary with threads."""
+        """Share · <center, query> of every query; not by a matrix product, whose order of sums may vary."""
         sums = np.einsum("qck,ck->qc", self._query, _in_chunks(center[None])[0])
         return (share * sums.sum(axis=1, dtype=np.float64)).astype(np.float32)
 
