@@ -212,7 +212,6 @@ def _resident(name: str) -> int:
 
 def _settings(threads: int) -> None:
     torch.set_num_threads(threads)
-    logging.getLogger("less_fast").setLevel(logging.ERROR)  # that every text is cut to a length is intended
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, once in every process
 
 
@@ -292,4 +291,5 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("less_fast").setLevel(logging.ERROR)  # that every text is cut to a length is intended
     main()
