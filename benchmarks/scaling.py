@@ -190,6 +190,7 @@ def memory(point: Point, threads: int) -> dict[str, int]:
     ``working_bytes``: what the peak grew by without ``mapped_bytes``, the pages of mapped files, which the operating
     system may take back at any time.
     """
+    _quiet()
     _settings(threads)
     if isinstance(point, Extraction):
         replace(point, examples=2, tokens=16, rank=2, width=48, k=256).prepare(checked=False)()  # loads libraries
@@ -208,6 +209,11 @@ def _resident(name: str) -> int:
         return 0
     found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
+
+
+def _quiet() -> None:
+    """Of processes of our own alone: a test that calls us has use for the library's log."""
+    logging.getLogger("less_fast").setLevel(logging.ERROR)  # that every text is cut to a length is intended
 
 
 def _settings(threads: int) -> None:
@@ -291,5 +297,5 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    logging.getLogger("less_fast").setLevel(logging.ERROR)  # that every text is cut to a length is intended
+    _quiet()
     main()

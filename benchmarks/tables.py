@@ -98,6 +98,15 @@ def quality(rows: Rows) -> list[list[str]]:
     return lines
 
 
+def large(rows: Rows) -> list[list[str]]:
+    """The command line on a store that is large: its time and the most memory that its process held."""
+    lines = [["pool", "dtype", "queries", "time", "memory"]]
+    for row in (row for row in rows if row["op"] == "score-large"):
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB"
+        lines.append([row["shape"], f"`{row['dtype']}`", str(row["queries"]), _seconds(row), memory])
+    return lines
+
+
 def agreement(rows: Rows) -> list[list[str]]:
     """What each store dtype keeps of a float32 pool's scores, a column for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -173,6 +182,7 @@ TABLES = {
     "overhead": Table("overhead.json", overhead),
     "sketch": Table("sketch.json", sketch),
     "score": Table("score.json", score),
+    "large": Table("score.json", large),
     "agreement": Table("agreement.json", agreement),
     "scaling": Table("scaling.json", scaling),
     "quality": Table("quality.json", quality),

@@ -284,8 +284,11 @@ def test_checkpoints_of_another_run_csv_n_and_groups(inputs: Path, finished: Pat
         groups=str(groups),
         scores_csv=True,
         aggregate="mean",
-        store_dtype="float16",
+        store_dtype="1bit",
     )
+    stores = [FeatureStore(path) for path in (tmp_path / "run" / "features").glob("*/*")]
+    dtypes = {(store.path.name.startswith("target-"), store.dtype) for store in stores}
+    assert dtypes == {(False, "1bit"), (True, "float32")}
     assert not (tmp_path / "run" / "warmup").exists()
     assert result.weights == [0.25, 0.75]
     assert [len(rows) for rows in result.selected.values()] == [3, 3]

@@ -45,7 +45,7 @@ class ScoreWriter:
         writer = csv.CSVWriter if path.suffix == ".csv" else pq.ParquetWriter
         self._writer = writer(file, self._schema)
         self._waiting: list[Any] = []  # blocks may be small, and a group for each would make a large file
-        self._n_waiting = 0
+        self._waiting_bytes = 0
         self._rows = max(1, _PART_BYTES // (4 * (len(names) + 16)))
 
     def write(self, ids: Any, datasets: Any, start: int, matrix: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
@@ -66,8 +66,8 @@ class ScoreWriter:
         index = pa.array(np.arange(start, start + len(valid)))
         columns = [*names, index, *(pa.array(column, mask=~valid) for column in values)]
         self._waiting.append(pa.table(columns, schema=self._schema))
-        self._n_waiting += self._waiting[-1].nbytes
-        if self._n_waiting >= _GROUP_BYTES:
+        self._waiting_bytes += self._waiting[-1].nbytes
+        if self._waiting_bytes >= _GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -75,7 +75,7 @@ class ScoreWriter:
 
         table = pa.concat_tables(self._waiting)
         self._writer.write_table(table, max(1, table.num_rows))
-        self._waiting, self._n_waiting = [], 0
+        self._waiting, self._waiting_bytes = [], 0
 
     def close(self) -> None:
         if self._waiting:

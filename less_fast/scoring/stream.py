@@ -16,8 +16,6 @@ from less_fast.scoring.compatible import check_checkpoints
 from less_fast.scoring.products import Products, prepare
 from less_fast.scoring.targets import Stores, open_stores, open_target
 from less_fast.store import Status, StoredRows
-from less_fast.store.manifest import ROWS_NAME
-from less_fast.store.rows import check_rows
 
 MEMORY = 256 << 20  # bytes
 LEAST_MEMORY = 1 << 20
@@ -72,7 +70,7 @@ class ScoreStream:
         self.train = open_stores(train_stores)
         check_checkpoints(self.train)
         for store in self.train:
-            check_rows(store.path / ROWS_NAME, len(store))  # before memory is asked for by what a manifest says
+            store.check_n_rows()  # before memory is asked for by what a manifest says
         named = targets if isinstance(targets, Mapping) else {"": targets}
         if not named:
             raise LessFastError("no targets were given; expected at least one")

@@ -100,7 +100,7 @@ class FeatureStore:
                 "repeat the command that makes it to resume, or go on without (allow_partial=True, --allow-partial)"
             )
         if missing:
-            self._check_n_rows()
+            self.check_n_rows()
             warnings.warn(
                 f"{self.path}: {missing} of {self._manifest.n_shards} shards are missing; their rows are left out",
                 stacklevel=2,
@@ -292,7 +292,7 @@ class FeatureStore:
         return shard
 
     def _leave_out(self, number: int, entry: ShardEntry, reason: str) -> None:
-        self._check_n_rows()
+        self.check_n_rows()
         with self._lock:
             known = number in self._damaged
             self._damaged[number] = reason
@@ -301,7 +301,7 @@ class FeatureStore:
         if not known:
             warnings.warn(f"{reason}; rows {entry.start} to {entry.stop} are left out", stacklevel=_frames_within())
 
-    def _check_n_rows(self) -> None:
+    def check_n_rows(self) -> None:
         """Raise CorruptStoreError unless the table of rows vouches for their number, as missing shards do not."""
         check_rows(self.path / manifests.ROWS_NAME, len(self))
 

@@ -72,4 +72,4 @@ def products_check() -> Any:
 
 
 def _take_for_cuda() -> None:
-    products.supports = lambda device: None  # type: ignore[assignment]
+    products.supports = lambda device: None  # type: ignore[assignment]  # in a process of its own
