@@ -163,13 +163,76 @@ inline void sjlt_tile(const Features& features, const Gradients& grads, const Pr
     }
 }
 
-inline void rademacher_row(float* __restrict out, uint64_t j, int64_t dim, uint64_t seed) {
-  for (int64_t start = 0; start < dim; start += 128) {
-    const Words drawn = philox(seed, j, static_cast<uint32_t>(start / 128), kTagRademacher);
-    const int64_t stop = dim - start < 128 ? dim - start : 128;
-    for (int64_t i = 0; i < stop; ++i) {
-      const uint32_t bits = 0x3F800000u | ((drawn.w[i / 32] >> (i % 32)) << 31);
-      std::memcpy(out + start + i, &bits, 4);
+inline void signs_of_words(float* __restrict out, const uint32_t* words, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = 0x3F800000u | ((words[i / 32] >> (i % 32)) << 31);
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+#ifdef LF_AVX2
+// The halves of eight products of 32-bit words.
+inline void multiply8(__m256i a, __m256i b, __m256i& low, __m256i& high) {
+  const __m256i even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+
+// Word w of block b + i of the counter is words[4 i + w], for eight blocks.
+inline void philox8(uint64_t seed, uint64_t index, uint32_t block, uint32_t tag, uint32_t* words) {
+  __m256i c0 = _mm256_set1_epi32(static_cast<int>(index)), c1 = _mm256_set1_epi32(static_cast<int>(index >> 32));
+  __m256i c2 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(block)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256i c3 = _mm256_set1_epi32(static_cast<int>(tag));
+  const __m256i m0 = _mm256_set1_epi32(static_cast<int>(0xD2511F53u));
+  const __m256i m1 = _mm256_set1_epi32(static_cast<int>(0xCD9E8D57u));
+  uint32_t key_lo = static_cast<uint32_t>(seed), key_hi = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    __m256i low0, high0, low1, high1;
+    multiply8(c0, m0, low0, high0);
+    multiply8(c2, m1, low1, high1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), _mm256_set1_epi32(static_cast<int>(key_lo)));
+    c1 = low1;
+    c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), _mm256_set1_epi32(static_cast<int>(key_hi)));
+    c3 = low0;
+    key_lo += 0x9E3779B9u;
+    key_hi += 0xBB67AE85u;
+  }
+  alignas(32) uint32_t lanes[4][8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes[0]), c0);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes[1]), c1);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes[2]), c2);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes[3]), c3);
+  for (int i = 0; i < 8; ++i)
+    for (int w = 0; w < 4; ++w) words[4 * i + w] = lanes[w][i];
+}
+
+// As signs_of_words, of all 32 bits of every word.
+inline void signs_of_whole_words(float* __restrict out, const uint32_t* words, int64_t n_words) {
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN), one = _mm256_set1_epi32(0x3F800000);
+  for (int64_t w = 0; w < n_words; ++w) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(words[w]));
+    for (int part = 0; part < 4; ++part) {
+      const int first = 31 - 8 * part;
+      const __m256i left = _mm256_setr_epi32(first, first - 1, first - 2, first - 3, first - 4, first - 5, first - 6, first - 7);
+      const __m256i bits = _mm256_or_si256(_mm256_and_si256(_mm256_sllv_epi32(word, left), sign), one);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * w + 8 * part), bits);
     }
+  }
+}
+#endif
+
+// Features [first, first + n) of column j; `first` is a multiple of 128.
+inline void rademacher_row(float* __restrict out, uint64_t j, int64_t first, int64_t n, uint64_t seed) {
+  int64_t start = 0;
+#ifdef LF_AVX2
+  for (; start + 1024 <= n; start += 1024) {
+    uint32_t words[32];
+    philox8(seed, j, static_cast<uint32_t>((first + start) / 128), kTagRademacher, words);
+    signs_of_whole_words(out + start, words, 32);
+  }
+#endif
+  for (; start < n; start += 128) {
+    const Words drawn = philox(seed, j, static_cast<uint32_t>((first + start) / 128), kTagRademacher);
+    signs_of_words(out + start, drawn.w, smaller(128, n - start));
   }
 }

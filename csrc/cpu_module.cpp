@@ -47,16 +47,18 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("threads"), Release());
   m.def(
       "rademacher_columns",
-      [](Address out, Address index, int64_t n, int64_t dim, uint64_t seed, int threads) {
-        lf::rademacher_columns(pointer<float>(out), pointer<const int64_t>(index), n, dim, seed, threads);
+      [](Address out, Address index, int64_t n, int64_t first, int64_t dim, uint64_t seed, int threads) {
+        lf::rademacher_columns(pointer<float>(out), pointer<const int64_t>(index), n, first, dim, seed, threads);
       },
-      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("dim"), py::arg("seed"), py::arg("threads"), Release());
+      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("first"), py::arg("dim"), py::arg("seed"),
+      py::arg("threads"), Release());
   m.def(
       "gaussian_columns",
-      [](Address out, Address index, int64_t n, int64_t dim, uint64_t seed, int threads) {
-        lf::gaussian_columns(pointer<float>(out), pointer<const int64_t>(index), n, dim, seed, threads);
+      [](Address out, Address index, int64_t n, int64_t first, int64_t dim, uint64_t seed, int threads) {
+        lf::gaussian_columns(pointer<float>(out), pointer<const int64_t>(index), n, first, dim, seed, threads);
       },
-      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("dim"), py::arg("seed"), py::arg("threads"), Release());
+      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("first"), py::arg("dim"), py::arg("seed"),
+      py::arg("threads"), Release());
   m.def(
       "precondition",
       [](Address out, const lf::Gradients& grads, const lf::Precondition& rule, int threads) {

@@ -105,20 +105,22 @@ void accumulate_sjlt(const Features& features, const Gradients& grads, const Pre
   });
 }
 
-void rademacher_columns(float* out, const int64_t* index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+void rademacher_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
+                        int threads) {
   const Split rows{n, std::min<int64_t>(n, threads)};
   parallel_for(rows.parts, threads, [&](int64_t part) {
     for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
-      LF_DISPATCH(rademacher_row(out + i * dim, index[i], dim, seed));
+      LF_DISPATCH(rademacher_row(out + i * dim, index[i], first, dim, seed));
   });
 }
 
-void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t dim, uint64_t seed, int threads) {
+void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
+                      int threads) {
   const Split rows{n, std::min<int64_t>(n, threads)};
   parallel_for(rows.parts, threads, [&](int64_t part) {
     for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
       for (int64_t start = 0; start < dim; start += 4) {
-        const Words drawn = philox(seed, index[i], static_cast<uint32_t>(start / 4), kTagGaussian);
+        const Words drawn = philox(seed, index[i], static_cast<uint32_t>((first + start) / 4), kTagGaussian);
         float normal[4];
         for (int pair = 0; pair < 2; ++pair) {
           const float u1 = (static_cast<float>(drawn.w[2 * pair] >> 9) + 0.5f) * 0x1p-23f;

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from less_fast.data import CPU_BATCH_COST
 from less_fast.errors import LessFastError
 from less_fast.model.capture import frozen_eval, run
 from less_fast.model.inputs import Inputs, checked
@@ -179,6 +180,15 @@ class MultiFeatureExtractor:
     def max_examples(self) -> int:
         """Examples that a batch may have, so that features in the making take 2 GB at most."""
         return max(1, _MOST_FEATURE_BYTES // sum(4 * c.lanes * c.projection.dim for c in self._computed))
+
+    @property
+    def batch_cost(self) -> int | None:
+        """What a batch costs beside its tokens, see :func:`~less_fast.data.plan_batches`; None: as few as possible.
+
+        The dense kinds generate their whole matrix for every batch.
+        """
+        dense = any(c.projection.kind in ("rademacher", "gaussian") for c in self._computed)
+        return CPU_BATCH_COST if self.device.type == "cpu" and not dense else None
 
     def computed(self) -> list[Projection]:
         """The projection each output is computed with: another than its own where it is a fold or prefix of that."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from less_fast.ahead import ahead
-from less_fast.data import CPU_BATCH_COST, Encoded, collate, plan_batches
+from less_fast.data import Encoded, collate, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor
 from less_fast.model.budget import is_out_of_memory
@@ -134,7 +134,7 @@ class ShardJob:
             self.budget,
             self.extractor.max_examples,
             packed=self.extractor.batches.packed,
-            batch_cost=CPU_BATCH_COST if self.extractor.device.type == "cpu" else None,
+            batch_cost=self.extractor.batch_cost,
         )
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
         for batch, tensors in ahead(collating, collated, batches):

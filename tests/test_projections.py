@@ -115,8 +115,17 @@ def test_random_bits_equal_bit_for_bit() -> None:
         for tag in (1, 4, 5):
             expected = np.stack([oracle.sign_row(int(j), 300, tag, seed) for j in index])
             assert np.array_equal(1 - 2 * sign_bits(index, 300, tag, seed).numpy().astype(float), expected)
-        columns = cpu.dense_columns(index, Projection("rademacher", 300, seed=seed))
-        assert np.array_equal(columns.numpy(), np.stack([oracle.sign_row(int(j), 300, 1, seed) for j in index]))
+        # Eight blocks of 128 signs are drawn at a time where there are so many.
+        signs, dense = (
+            np.stack([oracle.sign_row(int(j), 2500, 1, seed) for j in index]),
+            Projection("rademacher", 2500, seed),
+        )
+        for wanted in (True, False):
+            cpu._module().use_avx2(wanted)
+            for first, count in ((0, 300), (0, 2500), (256, 1024), (1152, 1348)):
+                columns = cpu.dense_columns(index, dense, first, count).numpy()
+                assert np.array_equal(columns, signs[:, first : first + count]), (wanted, first)
+        cpu._module().use_avx2(True)
         # The SJLT's buckets and signs through C++: sketch unit vectors.
         projection = Projection("sjlt", 1000, seed=seed, nnz=3)
         buckets, bits = sjlt_columns(index, 1000, 3, seed)

@@ -14,8 +14,8 @@ from less_fast.ops.reference import global_index
 from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import Projection
 
-# Bytes of the tile of +-1s or normals that a dense sketch generates at a time.
-_TILE_BYTES = 8 << 20
+# Entries and features of the tile of +-1s or normals that a dense sketch generates at a time: 1 MB, to stay in a cache.
+_TILE_ENTRIES, _TILE_FEATURES = 256, 1024
 _ENTRIES_PER_THREAD = 1 << 17
 
 _cpu, _reason = native.CPU, native.MISSING
@@ -54,17 +54,18 @@ def accumulate_cpu(
                 target, gradients, _rule(rule), parameter.offset, *strides, projection.nnz, projection.seed, threads
             )
         return
-    width = max(1, _TILE_BYTES // (4 * projection.dim * parameter.short))
     if projection.kind == "identity":
-        width = parameter.long
+        index = global_index(parameter, 0, parameter.long, grads.device).flatten()
+        features[:, index] += preconditioned(grads.contiguous(), rule).flatten(1)
+        return
+    width, scale = max(1, _TILE_ENTRIES // parameter.short), 1 / math.sqrt(projection.dim)
     for start in range(0, parameter.long, width):
         stop = min(start + width, parameter.long)
         u = preconditioned(grads[:, :, start:stop].contiguous(), rule.columns(start, stop)).flatten(1)
         index = global_index(parameter, start, stop, grads.device).flatten()
-        if projection.kind == "identity":
-            features[:, index] += u
-        else:
-            features.addmm_(u, dense_columns(index, projection), alpha=1 / math.sqrt(projection.dim))
+        for first in range(0, projection.dim, _TILE_FEATURES):
+            strip = features[:, first : first + _TILE_FEATURES]
+            strip.addmm_(u, dense_columns(index, projection, first, strip.shape[1]), alpha=scale)
 
 
 def preconditioned(grads: Tensor, rule: Rule) -> Tensor:
@@ -77,11 +78,14 @@ def preconditioned(grads: Tensor, rule: Rule) -> Tensor:
     return out
 
 
-def dense_columns(index: Tensor, projection: Projection) -> Tensor:
-    """Columns of sqrt(K)·Pi for ``rademacher`` and ``gaussian``: float32 (n, K); ``index`` int64 (n,), contiguous."""
+def dense_columns(index: Tensor, projection: Projection, first: int, count: int) -> Tensor:
+    """Features [first, first + count) of columns of sqrt(K)·Pi for ``rademacher`` and ``gaussian``: float32 (n, count).
+
+    ``index`` int64 (n,), contiguous: the columns. ``first`` is a multiple of 128.
+    """
     generate = getattr(_module(), f"{projection.kind}_columns")
-    out = torch.empty(index.numel(), projection.dim)
-    generate(out.data_ptr(), index.data_ptr(), index.numel(), projection.dim, projection.seed, torch.get_num_threads())
+    out, n = torch.empty(index.numel(), count), index.numel()
+    generate(out.data_ptr(), index.data_ptr(), n, first, count, projection.seed, torch.get_num_threads())
     return out
 
 
