@@ -99,6 +99,7 @@ setup(
             ["csrc/cpu_module.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_score.cpp", "csrc/thread_pool.cpp"],
             depends=[
                 "csrc/cpu_ops.h",
+                "csrc/cpu_dense.inl",
                 "csrc/cpu_kernels.inl",
                 "csrc/cpu_score.h",
                 "csrc/cpu_score_bits.inl",

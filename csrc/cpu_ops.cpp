@@ -23,6 +23,7 @@ constexpr int64_t kSjltTile = 256;  // entries whose buckets are kept at a time
 
 namespace portable {
 #include "cpu_kernels.inl"
+#include "cpu_dense.inl"
 }
 
 #if LF_HAS_AVX2_PATH
@@ -35,6 +36,7 @@ namespace portable {
 #define LF_AVX2
 namespace avx2 {
 #include "cpu_kernels.inl"
+#include "cpu_dense.inl"
 }
 #undef LF_AVX2
 #if defined(__clang__)
@@ -119,18 +121,7 @@ void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t first
   const Split rows{n, std::min<int64_t>(n, threads)};
   parallel_for(rows.parts, threads, [&](int64_t part) {
     for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
-      for (int64_t start = 0; start < dim; start += 4) {
-        const Words drawn = philox(seed, index[i], static_cast<uint32_t>((first + start) / 4), kTagGaussian);
-        float normal[4];
-        for (int pair = 0; pair < 2; ++pair) {
-          const float u1 = (static_cast<float>(drawn.w[2 * pair] >> 9) + 0.5f) * 0x1p-23f;
-          const float u2 = (static_cast<float>(drawn.w[2 * pair + 1] >> 9) + 0.5f) * 0x1p-23f;
-          const float radius = std::sqrt(-2.0f * std::log(u1)), angle = 6.283185307179586f * u2;
-          normal[2 * pair] = radius * std::cos(angle);
-          normal[2 * pair + 1] = radius * std::sin(angle);
-        }
-        std::memcpy(out + i * dim + start, normal, sizeof(float) * std::min<int64_t>(4, dim - start));
-      }
+      LF_DISPATCH(gaussian_row(out + i * dim, index[i], first, dim, seed));
   });
 }
 

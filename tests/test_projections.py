@@ -6,6 +6,7 @@ import importlib
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from support import oracle
 
 from less_fast.errors import LessFastError, UnsupportedBackendError
 from less_fast.layout import ParameterLayout
-from less_fast.ops import cpu
+from less_fast.ops import cpu, philox
 from less_fast.ops.accumulate import accumulate
 from less_fast.ops.philox import philox4x32, sign_bits, sjlt_columns
 from less_fast.ops.project import project
@@ -108,6 +109,27 @@ def test_philox_known_answers() -> None:
         assert tuple(oracle.draw(index, counter[2], counter[3], seed)) == expected
 
 
+@pytest.fixture(params=[True, False], ids=["avx2", "portable"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The C++ path with and without AVX2."""
+    cpu._module().use_avx2(request.param)
+    yield
+    cpu._module().use_avx2(True)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_normals_are_within_a_few_roundings() -> None:
+    seed, index = 2**50 + 77, torch.arange(2**32 - 300, 2**32 + 300)
+    exact = philox.gaussian_columns(index, 1348, seed, torch.float64)
+    rounding = (exact.float() - exact).square().mean().sqrt()
+    for first, count in ((0, 1348), (128, 31), (1024, 324)):
+        normals = cpu.dense_columns(index, Projection("gaussian", 1348, seed), first, count)
+        error = normals - exact[:, first : first + count]
+        assert error.square().mean().sqrt() <= 3 * rounding, first
+        assert error.abs().max() <= 1e-6  # a normal is below 6
+
+
+@pytest.mark.usefixtures("instructions")
 def test_random_bits_equal_bit_for_bit() -> None:
     seed = 2**50 + 77
     for base in (0, 2**32 - 2, 2**36 + 5):
@@ -115,17 +137,11 @@ def test_random_bits_equal_bit_for_bit() -> None:
         for tag in (1, 4, 5):
             expected = np.stack([oracle.sign_row(int(j), 300, tag, seed) for j in index])
             assert np.array_equal(1 - 2 * sign_bits(index, 300, tag, seed).numpy().astype(float), expected)
-        # Eight blocks of 128 signs are drawn at a time where there are so many.
-        signs, dense = (
-            np.stack([oracle.sign_row(int(j), 2500, 1, seed) for j in index]),
-            Projection("rademacher", 2500, seed),
-        )
-        for wanted in (True, False):
-            cpu._module().use_avx2(wanted)
-            for first, count in ((0, 300), (0, 2500), (256, 1024), (1152, 1348)):
-                columns = cpu.dense_columns(index, dense, first, count).numpy()
-                assert np.array_equal(columns, signs[:, first : first + count]), (wanted, first)
-        cpu._module().use_avx2(True)
+        # Eight blocks are drawn at a time where there are so many.
+        signs, dense = np.stack([oracle.sign_row(int(j), 2500, 1, seed) for j in index]), ("rademacher", 2500, seed)
+        for first, count in ((0, 300), (0, 2500), (256, 1024), (1152, 1348)):
+            columns = cpu.dense_columns(index, Projection(*dense), first, count).numpy()
+            assert np.array_equal(columns, signs[:, first : first + count]), first
         # The SJLT's buckets and signs through C++: sketch unit vectors.
         projection = Projection("sjlt", 1000, seed=seed, nnz=3)
         buckets, bits = sjlt_columns(index, 1000, 3, seed)
