@@ -1,11 +1,4 @@
-// Columns of the dense projections; included like cpu_kernels.inl, after it.
-
-inline void signs_of_words(float* __restrict out, const uint32_t* words, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = 0x3F800000u | ((words[i / 32] >> (i % 32)) << 31);
-    std::memcpy(out + i, &bits, 4);
-  }
-}
+// The dense projections; included like cpu_kernels.inl, after it.
 
 #ifdef LF_AVX2
 // The halves of eight products of 32-bit words.
@@ -42,35 +35,17 @@ inline void philox8(uint64_t seed, uint64_t index, uint32_t block, uint32_t tag,
   for (int i = 0; i < 8; ++i)
     for (int w = 0; w < 4; ++w) words[4 * i + w] = lanes[w][i];
 }
-
-// As signs_of_words, of all 32 bits of every word.
-inline void signs_of_whole_words(float* __restrict out, const uint32_t* words, int64_t n_words) {
-  const __m256i sign = _mm256_set1_epi32(INT32_MIN), one = _mm256_set1_epi32(0x3F800000);
-  for (int64_t w = 0; w < n_words; ++w) {
-    const __m256i word = _mm256_set1_epi32(static_cast<int>(words[w]));
-    for (int part = 0; part < 4; ++part) {
-      const int first = 31 - 8 * part;
-      const __m256i left = _mm256_setr_epi32(first, first - 1, first - 2, first - 3, first - 4, first - 5, first - 6, first - 7);
-      const __m256i bits = _mm256_or_si256(_mm256_and_si256(_mm256_sllv_epi32(word, left), sign), one);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * w + 8 * part), bits);
-    }
-  }
-}
 #endif
 
-// Features [first, first + n) of column j; `first` is a multiple of 128.
-inline void rademacher_row(float* __restrict out, uint64_t j, int64_t first, int64_t n, uint64_t seed) {
-  int64_t start = 0;
+// Words of blocks [block, block + blocks) of the counter.
+inline void draw(uint64_t seed, uint64_t index, uint32_t block, int64_t blocks, uint32_t tag, uint32_t* words) {
+  int64_t i = 0;
 #ifdef LF_AVX2
-  for (; start + 1024 <= n; start += 1024) {
-    uint32_t words[32];
-    philox8(seed, j, static_cast<uint32_t>((first + start) / 128), kTagRademacher, words);
-    signs_of_whole_words(out + start, words, 32);
-  }
+  for (; i + 8 <= blocks; i += 8) philox8(seed, index, block + static_cast<uint32_t>(i), tag, words + 4 * i);
 #endif
-  for (; start < n; start += 128) {
-    const Words drawn = philox(seed, j, static_cast<uint32_t>((first + start) / 128), kTagRademacher);
-    signs_of_words(out + start, drawn.w, smaller(128, n - start));
+  for (; i < blocks; ++i) {
+    const Words drawn = philox(seed, index, block + static_cast<uint32_t>(i), tag);
+    std::memcpy(words + 4 * i, drawn.w, sizeof drawn.w);
   }
 }
 
@@ -116,20 +91,88 @@ inline void normals_of_words(float* __restrict out, const uint32_t* __restrict w
   }
 }
 
-// Features [first, first + n) of column j; `first` is a multiple of 4.
-inline void gaussian_row(float* __restrict out, uint64_t j, int64_t first, int64_t n, uint64_t seed) {
-  int64_t start = 0;
+// sums[r][k] = sum over i of u[i][r] times entry k of row i of the matrix, in order of i: eight features, R examples. The
+// matrix is signs (bit k of the words of a row) or normals.
+template <int R, bool kNormal>
+inline void multiply_tile(const float* __restrict u, const Strip& strip, int64_t n, int64_t k, float* __restrict sums) {
+  const uint32_t* __restrict at = strip.matrix + (kNormal ? k : k / 32);
+  const int64_t row_words = strip.row_words;
 #ifdef LF_AVX2
-  for (; start + 32 <= n; start += 32) {
-    uint32_t words[32];
-    philox8(seed, j, static_cast<uint32_t>((first + start) / 4), kTagGaussian, words);
-    normals_of_words(out + start, words, 16);
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(31 - static_cast<int>(k % 32)), lanes);
+  __m256 sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < n; ++i) {
+    if (kNormal) {
+      const __m256 normal = _mm256_loadu_ps(reinterpret_cast<const float*>(at + i * row_words));
+      for (int r = 0; r < R; ++r)
+        sum[r] = _mm256_add_ps(sum[r], _mm256_mul_ps(_mm256_broadcast_ss(u + i * R + r), normal));
+    } else {
+      const __m256i word = _mm256_set1_epi32(static_cast<int>(at[i * row_words]));
+      const __m256 mask = _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(word, left), sign));
+      for (int r = 0; r < R; ++r)
+        sum[r] = _mm256_add_ps(sum[r], _mm256_xor_ps(_mm256_broadcast_ss(u + i * R + r), mask));
+    }
+  }
+  for (int r = 0; r < R; ++r) _mm256_storeu_ps(sums + 8 * r, sum[r]);
+#else
+  for (int i = 0; i < 8 * R; ++i) sums[i] = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    float entry[8];
+    for (int c = 0; c < 8; ++c) {
+      const uint32_t* word = at + i * row_words;
+      const uint32_t bits = kNormal ? word[c] : 0x3F800000u | (*word >> (k % 32 + c) & 1u) << 31;
+      std::memcpy(entry + c, &bits, 4);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 8; ++c) sums[8 * r + c] += u[i * R + r] * entry[c];
   }
 #endif
-  for (; start < n; start += 4) {
-    const Words drawn = philox(seed, j, static_cast<uint32_t>((first + start) / 4), kTagGaussian);
-    float normal[4];
-    normals_of_words(normal, drawn.w, 2);
-    std::memcpy(out + start, normal, sizeof(float) * smaller(4, n - start));
+}
+
+// What the tile of entries [offset, offset + length) adds to the strip's features of R examples, from n0 on.
+template <int R, bool kNormal>
+inline void dense_rows(const Features& features, const Gradients& grads, const Precondition& rule, int64_t offset,
+                       int64_t length, const Strip& strip, int64_t n0) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(features.dim));
+  float u[kDenseTile * R], one[kDenseTile], sums[8 * R];
+  for (int r = 0; r < R; ++r) {
+    apply(rule, grads.data + (n0 + r) * grads.stride_n + offset, offset, length, one);
+    for (int64_t i = 0; i < length; ++i) u[i * R + r] = one[i];
   }
+  for (int64_t k = 0; k < strip.width; k += 8) {
+    multiply_tile<R, kNormal>(u, strip, length, k, sums);
+    for (int r = 0; r < R; ++r) {
+      float* out = features.data + (n0 + r) * features.stride + strip.first + k;
+      for (int64_t c = 0; c < smaller(8, strip.width - k); ++c) out[c] += sums[8 * r + c] * scale;
+    }
+  }
+}
+
+// The strip's features of all examples; entries in the order (s, l), a tile at a time. `first` is a multiple of 128.
+template <bool kNormal>
+inline void dense_strip(const Features& features, const Gradients& grads, const Precondition& rule,
+                        const Numbering& numbers, const Strip& strip) {
+  const auto block = static_cast<uint32_t>(strip.first / (kNormal ? 4 : 128));
+  const int64_t blocks = kNormal ? (strip.width + 3) / 4 : (strip.width + 127) / 128;
+  for (int64_t s = 0; s < grads.n_short; ++s)
+    for (int64_t l0 = 0; l0 < grads.n_long; l0 += kDenseTile) {
+      const int64_t length = smaller(kDenseTile, grads.n_long - l0), offset = s * grads.n_long + l0;
+      for (int64_t i = 0; i < length; ++i) {
+        const uint64_t j = numbers.j_base + s * numbers.short_stride + (l0 + i) * numbers.long_stride;
+        uint32_t* row = strip.matrix + i * strip.row_words;
+        if (kNormal) {
+          uint32_t words[kDenseNormals];
+          draw(numbers.seed, j, block, blocks, kTagGaussian, words);
+          normals_of_words(reinterpret_cast<float*>(row), words, 2 * blocks);
+        } else {
+          draw(numbers.seed, j, block, blocks, kTagRademacher, row);
+        }
+      }
+      int64_t n = 0;
+      for (; n + 8 <= grads.n; n += 8) dense_rows<8, kNormal>(features, grads, rule, offset, length, strip, n);
+      for (; n + 4 <= grads.n; n += 4) dense_rows<4, kNormal>(features, grads, rule, offset, length, strip, n);
+      for (; n < grads.n; ++n) dense_rows<1, kNormal>(features, grads, rule, offset, length, strip, n);
+    }
 }

@@ -46,19 +46,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("j_base"), py::arg("short_stride"), py::arg("long_stride"), py::arg("nnz"), py::arg("seed"),
         py::arg("threads"), Release());
   m.def(
-      "rademacher_columns",
-      [](Address out, Address index, int64_t n, int64_t first, int64_t dim, uint64_t seed, int threads) {
-        lf::rademacher_columns(pointer<float>(out), pointer<const int64_t>(index), n, first, dim, seed, threads);
+      "accumulate_dense",
+      [](const lf::Features& features, const lf::Gradients& grads, const lf::Precondition& rule, int kind,
+         int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads) {
+        lf::accumulate_dense(features, grads, rule, static_cast<lf::Dense>(kind), j_base, short_stride, long_stride,
+                             seed, threads);
       },
-      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("first"), py::arg("dim"), py::arg("seed"),
-      py::arg("threads"), Release());
-  m.def(
-      "gaussian_columns",
-      [](Address out, Address index, int64_t n, int64_t first, int64_t dim, uint64_t seed, int threads) {
-        lf::gaussian_columns(pointer<float>(out), pointer<const int64_t>(index), n, first, dim, seed, threads);
-      },
-      py::arg("out"), py::arg("index"), py::arg("n"), py::arg("first"), py::arg("dim"), py::arg("seed"),
-      py::arg("threads"), Release());
+      py::arg("features"), py::arg("grads"), py::arg("rule"), py::arg("kind"), py::arg("j_base"),
+      py::arg("short_stride"), py::arg("long_stride"), py::arg("seed"), py::arg("threads"), Release());
   m.def(
       "precondition",
       [](Address out, const lf::Gradients& grads, const lf::Precondition& rule, int threads) {

@@ -20,6 +20,21 @@ namespace lf {
 
 constexpr int64_t kMaskRows = 16;   // short rows whose SRHT masks are kept at a time: 8 KB at B = 64
 constexpr int64_t kSjltTile = 256;  // entries whose buckets are kept at a time
+// Entries, and features, of the part of a dense matrix that is kept at a time: 16 KB of signs, 128 KB of normals.
+constexpr int64_t kDenseTile = 128, kDenseSigns = 1024, kDenseNormals = 256;
+
+// How the entries of a gradient are numbered, and the key of their random words.
+struct Numbering {
+  int64_t j_base, short_stride, long_stride;
+  uint64_t seed;
+};
+
+// Features [first, first + width), and room for kDenseTile rows, of row_words words each, of their part of the matrix.
+struct Strip {
+  int64_t first, width;
+  uint32_t* matrix;
+  int64_t row_words;
+};
 
 namespace portable {
 #include "cpu_kernels.inl"
@@ -107,21 +122,26 @@ void accumulate_sjlt(const Features& features, const Gradients& grads, const Pre
   });
 }
 
-void rademacher_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
-                        int threads) {
-  const Split rows{n, std::min<int64_t>(n, threads)};
-  parallel_for(rows.parts, threads, [&](int64_t part) {
-    for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
-      LF_DISPATCH(rademacher_row(out + i * dim, index[i], first, dim, seed));
-  });
-}
-
-void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
-                      int threads) {
-  const Split rows{n, std::min<int64_t>(n, threads)};
-  parallel_for(rows.parts, threads, [&](int64_t part) {
-    for (int64_t i = rows.begin(part); i < rows.begin(part + 1); ++i)
-      LF_DISPATCH(gaussian_row(out + i * dim, index[i], first, dim, seed));
+void accumulate_dense(const Features& features, const Gradients& grads, const Precondition& rule, Dense kind,
+                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads) {
+  const bool normal = kind == Dense::kGaussian;
+  // A strip for every thread, where the features are too few for strips of the best width.
+  const int64_t share = ((features.dim + threads - 1) / threads + 127) / 128 * 128;
+  const int64_t width = std::min(share, normal ? kDenseNormals : kDenseSigns);
+  const int64_t n_strips = (features.dim + width - 1) / width, row_words = normal ? width : width / 32;
+  const Split strips{n_strips, std::min<int64_t>(n_strips, threads)};
+  const int64_t tile_words = kDenseTile * row_words;
+  std::vector<uint32_t> matrix(strips.parts * tile_words);
+  const Numbering numbers{j_base, short_stride, long_stride, seed};
+  parallel_for(strips.parts, threads, [&](int64_t part) {
+    for (int64_t strip = strips.begin(part); strip < strips.begin(part + 1); ++strip) {
+      const int64_t first = strip * width;
+      const Strip here{first, std::min(width, features.dim - first), &matrix[part * tile_words], row_words};
+      if (normal)
+        LF_DISPATCH(dense_strip<true>(features, grads, rule, numbers, here));
+      else
+        LF_DISPATCH(dense_strip<false>(features, grads, rule, numbers, here));
+    }
   });
 }
 

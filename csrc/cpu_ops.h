@@ -35,12 +35,12 @@ void accumulate_srht(const Features& features, const Gradients& grads, const Pre
 void accumulate_sjlt(const Features& features, const Gradients& grads, const Precondition& rule, int64_t j_base,
                      int64_t short_stride, int64_t long_stride, int64_t nnz, uint64_t seed, int threads);
 
-// Features [first, first + dim) of columns of sqrt(K) Pi for the dense kinds: out (n, dim), row i for global index
-// `index[i]`. `first` is a multiple of 128.
-void rademacher_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
-                        int threads);
-void gaussian_columns(float* out, const int64_t* index, int64_t n, int64_t first, int64_t dim, uint64_t seed,
-                      int threads);
+enum class Dense : int { kRademacher = 0, kGaussian = 1 };
+
+// The dense kinds. Entries are numbered as for accumulate_sjlt. A feature's additions happen in an order that depends on
+// the parameter's shape alone.
+void accumulate_dense(const Features& features, const Gradients& grads, const Precondition& rule, Dense kind,
+                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads);
 
 // out = u, contiguous (N, S, L).
 void precondition(float* out, const Gradients& grads, const Precondition& rule, int threads);
