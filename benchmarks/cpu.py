@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 SURROUNDINGS = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # rows name the device there is, and this is about the CPU
 NO_MEASUREMENT = ", tiny shapes: no measurement"
 
+NAMES = ("ceilings", "sketch", "overhead", "score", "scaling")
 
 # How the scripts are tried out.
 TINY = {
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; 0 where all of them ran."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--tiny", action="store_true", help="small shapes, whose figures mean nothing")
     options = parser.parse_args(argv)
     if options.tiny and options.out is None:
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = ceilings(options.tiny)
     rates = limits[0]["bytes_per_s"], limits[1]["flops_per_s"]
     failed = []
-    for name in ("ceilings", "sketch", "overhead", "score", "scaling"):
+    for name in options.only:
         print(f"{name}, after {time.monotonic() - started:.0f} s", flush=True)
         try:
             if name == "ceilings":

@@ -24,12 +24,16 @@ from peers_environments import ENVIRONMENTS, python_of, surroundings
 from peers_job import Prepared, job_file, prepare
 from peers_process import FailedError, Worker
 
+from less_fast.data import CPU_BATCH_COST
+
 HERE = Path(__file__).parent
 OURS = "less_fast"
 # How many times chance a right variant may be off: one dense matrix, or one per layer; two-sided ones err far more.
 DENSE, TWO_SIDED = 3.0, 12.0
-# Padded tokens per batch. Whoever draws the matrix anew for every batch is better off with few and large ones.
-BATCH, LARGE_BATCH = 2048, 4096
+# Padded tokens per batch, and what a batch costs beside them: of little padding; as less_fast itself cuts where the
+# matrix is dense; few and large ones, which is best for the others that draw a dense matrix anew for every batch.
+BATCH, DENSE_BATCH, LARGE_BATCH = 2048, 4096, 8192
+BATCH_COSTS = {BATCH: CPU_BATCH_COST, DENSE_BATCH: 320, LARGE_BATCH: None}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ VARIANTS = [
     *_peer(
         OURS,
         ("adam", "LESS's Adam, srht of the joined gradient", "less"),
-        ("dense-adam", "LESS's Adam, dense ±1 of the joined gradient", "less", *_LARGE),
+        ("dense-adam", "LESS's Adam, dense ±1 of the joined gradient", "less", DENSE, False, DENSE_BATCH),
         ("torch-adam", "torch's Adam, srht of the joined gradient", "torch"),
         ("sgd", "plain gradient, srht of the joined gradient", "sgd"),
     ),
@@ -244,7 +248,7 @@ def main() -> None:
     threads = torch.get_num_threads()
     chosen = [v for v in VARIANTS if v.peer == OURS or options.only in v.name]
     with tempfile.TemporaryDirectory(prefix="less_fast-peers-") as folder:
-        job = prepare(Path(folder), options.examples, (BATCH, LARGE_BATCH), options.dim, threads)
+        job = prepare(Path(folder), options.examples, BATCH_COSTS, options.dim, threads)
         print(f"{job.source}: {len(job.examples)} examples, {job.tokens:,} tokens")
         runs: list[Run] = []
         try:

@@ -14,7 +14,7 @@ from common import data_folder, example_batches, llama
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from less_fast.data import CPU_BATCH_COST, plan_batches
+from less_fast.data import plan_batches
 
 WARM_UP_STEPS, WARM_UP_BATCH = 16, 4
 MAX_LENGTH = 1024
@@ -50,8 +50,11 @@ def job_file(folder: Path, token_budget: int) -> Path:
     return folder / f"job-{token_budget}.json"
 
 
-def prepare(folder: Path, n: int, token_budgets: Sequence[int], dim: int, threads: int) -> Prepared:
-    """Write a job per token budget, N examples and a checkpoint to the folder; compute the exact vectors."""
+def prepare(folder: Path, n: int, batch_costs: Mapping[int, int | None], dim: int, threads: int) -> Prepared:
+    """Write a job per token budget, N examples and a checkpoint to the folder; compute the exact vectors.
+
+    ``batch_costs``: the token budgets, and what a batch of that budget costs beside its tokens (see plan_batches).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokens, source = shuffled_tokens(n + WARM_UP_STEPS * WARM_UP_BATCH)
     examples, warm_up = tokens[:n], tokens[n:]
@@ -59,8 +62,8 @@ def prepare(folder: Path, n: int, token_budgets: Sequence[int], dim: int, thread
     checkpoint = folder / "checkpoint"
     model, state = trained(base, warm_up, checkpoint)
     facts = {"model": str(base), "checkpoint": str(checkpoint), "dim": dim, "threads": threads}
-    for budget in token_budgets:
-        batches = plan_batches([len(ids) for ids, _ in examples], budget, batch_cost=CPU_BATCH_COST)
+    for budget, cost in batch_costs.items():
+        batches = plan_batches([len(ids) for ids, _ in examples], budget, batch_cost=cost)
         job_file(folder, budget).write_text(json.dumps({**facts, "batches": batches}))
     ids, labels = (np.concatenate([example[i] for example in examples]) for i in (0, 1))
     offsets = np.cumsum([0, *(len(example[0]) for example in examples)])

@@ -31,11 +31,20 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def overhead(rows: Rows) -> list[list[str]]:
     """Extraction beside the bare model, for every model that was measured."""
-    lines = [["model", "examples", "bare", "with features", "ratio"]]
+    return _beside(rows, "bare", "less_fast")
+
+
+def callback(rows: Rows) -> list[list[str]]:
+    """Training with the Trainer callback beside training alone."""
+    return _beside(rows, "train", "train + features")
+
+
+def _beside(rows: Rows, baseline: str, thing: str) -> list[list[str]]:
+    lines = [["model", "examples", baseline, "with features", "ratio"]]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         bare, ours = (
             next(row for row in rows if (row["shape"], row["implementation"]) == (shape, name))
-            for name in ("bare", "less_fast")
+            for name in (baseline, thing)
         )
         work = f"{ours['examples']} examples, {ours['tokens']:,} tokens"
         lines.append([shape, work, _seconds(bare), _seconds(ours), f"{ours['ratio_to_baseline']:.3f}"])
@@ -171,6 +180,11 @@ def peers(rows: Rows) -> list[list[str]]:
     return lines
 
 
+def rivals(rows: Rows) -> list[list[str]]:
+    """The part of :func:`peers` that was timed and has the whole of an Adam in it."""
+    return peers([row for row in rows if row["reason"] is None and row["rule"] in ("less", "torch")])
+
+
 class Table(NamedTuple):
     """``file``: of the rows; ``cells`` makes the header and the lines of them."""
 
@@ -180,15 +194,17 @@ class Table(NamedTuple):
 
 TABLES = {
     "overhead": Table("overhead.json", overhead),
+    "callback": Table("callback.json", callback),
     "sketch": Table("sketch.json", sketch),
     "score": Table("score.json", score),
-    "large": Table("score.json", large),
+    "large": Table("score_large.json", large),
     "agreement": Table("agreement.json", agreement),
     "scaling": Table("scaling.json", scaling),
     "quality": Table("quality.json", quality),
     "projections": Table("quality.json", projections),
     "selection": Table("quality.json", selection),
     "peers": Table("peers.json", peers),
+    "rivals": Table("peers.json", rivals),
 }
 
 

@@ -135,7 +135,6 @@ inline void multiply_tile(const float* __restrict u, const Strip& strip, int64_t
 template <int R, bool kNormal>
 inline void dense_rows(const Features& features, const Gradients& grads, const Precondition& rule, int64_t offset,
                        int64_t length, const Strip& strip, int64_t n0) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(features.dim));
   float u[kDenseTile * R], one[kDenseTile], sums[8 * R];
   for (int r = 0; r < R; ++r) {
     apply(rule, grads.data + (n0 + r) * grads.stride_n + offset, offset, length, one);
@@ -145,7 +144,7 @@ inline void dense_rows(const Features& features, const Gradients& grads, const P
     multiply_tile<R, kNormal>(u, strip, length, k, sums);
     for (int r = 0; r < R; ++r) {
       float* out = features.data + (n0 + r) * features.stride + strip.first + k;
-      for (int64_t c = 0; c < smaller(8, strip.width - k); ++c) out[c] += sums[8 * r + c] * scale;
+      for (int64_t c = 0; c < smaller(8, strip.width - k); ++c) out[c] += sums[8 * r + c] * strip.scale;
     }
   }
 }

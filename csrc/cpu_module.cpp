@@ -48,12 +48,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "accumulate_dense",
       [](const lf::Features& features, const lf::Gradients& grads, const lf::Precondition& rule, int kind,
-         int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads) {
+         int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, float scale, int threads) {
         lf::accumulate_dense(features, grads, rule, static_cast<lf::Dense>(kind), j_base, short_stride, long_stride,
-                             seed, threads);
+                             seed, scale, threads);
       },
       py::arg("features"), py::arg("grads"), py::arg("rule"), py::arg("kind"), py::arg("j_base"),
-      py::arg("short_stride"), py::arg("long_stride"), py::arg("seed"), py::arg("threads"), Release());
+      py::arg("short_stride"), py::arg("long_stride"), py::arg("seed"), py::arg("scale"), py::arg("threads"),
+      Release());
   m.def(
       "precondition",
       [](Address out, const lf::Gradients& grads, const lf::Precondition& rule, int threads) {

@@ -34,6 +34,7 @@ struct Strip {
   int64_t first, width;
   uint32_t* matrix;
   int64_t row_words;
+  float scale;  // of its signs or normals
 };
 
 namespace portable {
@@ -123,7 +124,8 @@ void accumulate_sjlt(const Features& features, const Gradients& grads, const Pre
 }
 
 void accumulate_dense(const Features& features, const Gradients& grads, const Precondition& rule, Dense kind,
-                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads) {
+                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, float scale,
+                      int threads) {
   const bool normal = kind == Dense::kGaussian;
   // A strip for every thread, where the features are too few for strips of the best width.
   const int64_t share = ((features.dim + threads - 1) / threads + 127) / 128 * 128;
@@ -136,7 +138,8 @@ void accumulate_dense(const Features& features, const Gradients& grads, const Pr
   parallel_for(strips.parts, threads, [&](int64_t part) {
     for (int64_t strip = strips.begin(part); strip < strips.begin(part + 1); ++strip) {
       const int64_t first = strip * width;
-      const Strip here{first, std::min(width, features.dim - first), &matrix[part * tile_words], row_words};
+      const int64_t here_width = std::min(width, features.dim - first);
+      const Strip here{first, here_width, &matrix[part * tile_words], row_words, scale};
       if (normal)
         LF_DISPATCH(dense_strip<true>(features, grads, rule, numbers, here));
       else

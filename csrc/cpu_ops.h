@@ -38,9 +38,10 @@ void accumulate_sjlt(const Features& features, const Gradients& grads, const Pre
 enum class Dense : int { kRademacher = 0, kGaussian = 1 };
 
 // The dense kinds. Entries are numbered as for accumulate_sjlt. A feature's additions happen in an order that depends on
-// the parameter's shape alone.
+// the parameter's shape alone. `scale` multiplies the signs and normals: 1/sqrt(K) for a projection.
 void accumulate_dense(const Features& features, const Gradients& grads, const Precondition& rule, Dense kind,
-                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, int threads);
+                      int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, float scale,
+                      int threads);
 
 // out = u, contiguous (N, S, L).
 void precondition(float* out, const Gradients& grads, const Precondition& rule, int threads);

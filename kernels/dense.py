@@ -200,10 +200,11 @@ def gaussian_kernel(
 def accumulate_dense(
     features: Tensor, grads: Tensor, j_base: int, short_stride: int, long_stride: int, seed: int, kind: str,
     mode: int = MODE_NONE, table_a: Tensor | None = None, table_b: Tensor | None = None,
-    alpha: float = 1.0, gamma: float = 0.0, e: float = 0.0,
+    alpha: float = 1.0, gamma: float = 0.0, e: float = 0.0, scale: float | None = None,
 ) -> None:  # fmt: skip
     """Features (N, K) += Pi·u for ``kind`` ``rademacher`` or ``gaussian``; entry (s, l) has global index
-    j_base + s·short_stride + l·long_stride. The other arguments are those of ``accumulate_srht``.
+    j_base + s·short_stride + l·long_stride. ``scale`` of the ±1s or normals is 1/√K unless given; the other arguments
+    are those of ``accumulate_srht``.
     """
     n, short, long = grads.shape
     dim = features.shape[1]
@@ -217,7 +218,7 @@ def accumulate_dense(
         kernel[(-(-n // tile.examples) * groups * tile.chunks,)](
             grads, *or_grads(grads, table_a, table_b), out, n, grads.stride(0), out.stride(-2), chunk_stride,
             long, short * long, dim, groups, tile.steps, short_stride, long_stride,
-            *split_words(j_base), *split_words(seed), alpha, gamma, e, 1 / math.sqrt(dim),
+            *split_words(j_base), *split_words(seed), alpha, gamma, e, 1 / math.sqrt(dim) if scale is None else scale,
             MODE=mode_of(mode, e), EXACT=tile.exact, BITS=TF32_BITS, ADD=tile.chunks == 1,
             FLAT=short == 1, EXAMPLES=tile.examples, ENTRIES=tile.entries,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,

@@ -29,6 +29,9 @@ from less_fast.segments import Segments
 from less_fast.transfer import to_device
 
 _MOST_FEATURE_BYTES = 2 << 30
+# Tokens that could be computed while the whole of a dense matrix is generated, as it is for every batch: P · K entries,
+# where an adapter's P is some 2 % of the model's.
+_DENSE_BATCH_COST = {"rademacher": 320, "gaussian": 2048}
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,37 @@ class MultiFeatureExtractor:
             raise LessFastError("no outputs were asked for; give at least one projection")
         self.model = model
         self.backend = backend
-        self.outputs = list(outputs)
         self.sites, self.layout = find_sites(model, targets)
         self.device = next(model.parameters()).device
         for output in outputs:
             check_identity(output.projection, self.layout.size)
-        self._source = [self._computed_by(i) for i in range(len(self.outputs))]
-        rules = {
+        self._scratch = Scratch(self.device)
+        self._set_outputs(outputs)
+        with frozen_eval(model):
+            check_causal(model)
+        self.batches = choose_layout(model, self.device, packing)
+        self._vocabulary = embedding_rows(model)
+
+    def set_precondition(self, precondition: Precondition) -> None:
+        """Precondition the gradients of every output so from now on; the model is not examined again.
+
+        Raises LessFastError where an optimizer state does not fit, or the backend asked for by name cannot run it.
+        """
+        self._set_outputs([Output(output.projection, precondition) for output in self.outputs])
+
+    def _set_outputs(self, outputs: Sequence[Output]) -> None:
+        rules = {  # first, as this may raise
             id(output.precondition): precondition_rules(output.precondition, self.layout, self.device)
-            for output in self.outputs
+            for output in outputs
         }
+        self.outputs = list(outputs)
+        self._source = [self._computed_by(i) for i in range(len(self.outputs))]
         self._computed = [
             self._compute(i, output.projection, rules[id(output.precondition)])
             for i, output in enumerate(self.outputs)
             if self._source[i] == i
         ]
-        self._scratch = Scratch(self.device)
         self.backends()  # one that cannot run is refused now, and not in the middle of a backward pass
-        with frozen_eval(model):
-            check_causal(model)
-        self.batches = choose_layout(model, self.device, packing)
-        self._vocabulary = embedding_rows(model)
 
     def _computed_by(self, i: int) -> int:
         """The output whose features output i is reduced from; itself where there is none."""
@@ -183,12 +196,10 @@ class MultiFeatureExtractor:
 
     @property
     def batch_cost(self) -> int | None:
-        """What a batch costs beside its tokens, see :func:`~less_fast.data.plan_batches`; None: as few as possible.
-
-        The dense kinds generate their whole matrix for every batch.
-        """
-        dense = any(c.projection.kind in ("rademacher", "gaussian") for c in self._computed)
-        return CPU_BATCH_COST if self.device.type == "cpu" and not dense else None
+        """What a batch costs beside its tokens, see :func:`~less_fast.data.plan_batches`; None: as few as possible."""
+        if self.device.type != "cpu":
+            return None
+        return max(_DENSE_BATCH_COST.get(c.projection.kind, CPU_BATCH_COST) for c in self._computed)
 
     def computed(self) -> list[Projection]:
         """The projection each output is computed with: another than its own where it is a fold or prefix of that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,17 @@ TAG_GAUSSIAN = 2
 TAG_SJLT = 3
 TAG_SRHT_IN = 4
 TAG_SRHT_OUT = 5
+
+
+def widest_block(dim: int) -> int:
+    """The widest block up to the default's 64 that divides ``dim``, for an ``srht`` whose dim someone else chose.
+
+    Raises LessFastError under 8: with so little mixing, large activations fall on a few features (docs/projections.md).
+    """
+    block = math.gcd(dim, 64)
+    if block < 8:
+        raise LessFastError(f"srht cannot mix dim = {dim} features well; expected a multiple of 8, better of 64")
+    return block
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,11 @@ class Projection:
     def slots(self) -> int:
         """Number of B-wide slots of the feature vector that ``srht`` runs are folded into."""
         return self.dim // self.block
+
+    @property
+    def scale(self) -> float:
+        """What the ±1s and normals of the dense kinds are multiplied by: 1/√K."""
+        return 1 / math.sqrt(self.dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that matter for this kind, as plain JSON values; the inverse of :meth:`from_dict`."""

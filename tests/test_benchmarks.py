@@ -70,6 +70,7 @@ def quality_row(kind: str, k: int, **facts: Any) -> dict[str, Any]:
 def peers_row(peer: str, **facts: Any) -> dict[str, Any]:
     return {
         "op": "peers",
+        "rule": "less",
         "implementation": f"{peer} adam",
         "peer": peer,
         "peer_version": "1.2",
@@ -199,7 +200,8 @@ def test_other_tables_are_read_off_the_rows(module: Any, tmp_path: Path) -> None
     assert made["selection"][2:] == ["| random | 1.500 ± 0.250 |"]
     assert made["peers"][3] == "| traker 1.2 | LESS's Adam | 8,192 | 40.00 | 8.50 | 1,536 MiB |"
     assert made["peers"][4] == "| bergson 1.2 | LESS's Adam | 8,192 | — | no first moment \\| at all | — |"
-    assert made["sketch"] == made["overhead"] == []  # no rows: nothing is shown
+    assert made["rivals"][2:] == made["peers"][2:4]
+    assert made["sketch"] == made["overhead"] == made["callback"] == []  # no rows: nothing is shown
 
 
 def test_writing_replaces_the_marked_tables_only(module: Any, tmp_path: Path) -> None:

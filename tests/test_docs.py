@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
@@ -41,6 +42,9 @@ def run_blocks(tmp_path_factory: pytest.TempPathFactory) -> Run:
         text = page.read_text(encoding="utf-8")
         namespace: dict[str, Any] = {"__name__": page.stem}
         with pytest.MonkeyPatch.context() as patch:
+            for name in ("fast_jl", "sjlt"):  # a page may put ours in their place
+                patch.setitem(sys.modules, name, None)
+                patch.delitem(sys.modules, name)
             patch.chdir(tmp_path_factory.mktemp(page.stem))
             for fence in _FENCE.finditer(text):
                 if fence[1] == "python":

@@ -53,7 +53,8 @@ def accumulate_cpu(
     elif projection.kind == "sjlt":
         module.accumulate_sjlt(*call, *numbers, projection.nnz, projection.seed, _threads(grads))
     else:
-        module.accumulate_dense(*call, _DENSE[projection.kind], *numbers, projection.seed, torch.get_num_threads())
+        kind, threads = _DENSE[projection.kind], torch.get_num_threads()
+        module.accumulate_dense(*call, kind, *numbers, projection.seed, projection.scale, threads)
 
 
 def preconditioned(grads: Tensor, rule: Rule) -> Tensor:

@@ -14,6 +14,7 @@ from less_fast.projection import Projection
 _CHUNK = 1 << 22
 # Columns of one kernel call.
 _WIDEST = 1 << 36
+_TILE = 128  # entries that the CPU's dense kinds add up before they touch a feature
 
 
 def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> Tensor:
@@ -39,17 +40,19 @@ def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> 
         raise LessFastError(
             f"project expects a floating-point (N, P) matrix; got shape {tuple(grads.shape)}, {grads.dtype}"
         )
+    grads = grads.resolve_neg()  # kernels read memory, where such a view has the other sign
     n, size = grads.shape
     check_identity(projection, size)
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
     features = torch.zeros(n, projection.dim, dtype=dtype, device=grads.device)
     if n == 0 or size == 0:
         return features
-    width = min(size, _WIDEST // projection.block * projection.block)
+    # Chunks are of whole runs, and of whole tiles of the dense kinds: their number depends on N, and bits must not.
+    unit = max(projection.block, _TILE)
+    width = min(size, _WIDEST // unit * unit)
     in_place = grads.stride(1) == 1 and (grads.dtype == dtype or _taken(features, grads, projection, backend))
     if not in_place:
-        block = projection.block
-        width = max(1, _CHUNK // (n * block)) * block
+        width = max(1, _CHUNK // (n * unit)) * unit
     layout = ParameterLayout.flat(size)
     for start in range(0, size, width):
         stop = min(start + width, size)
@@ -57,7 +60,6 @@ def project(grads: Tensor, projection: Projection, *, backend: str = "auto") -> 
         if not in_place:
             chunk = chunk.to(dtype).contiguous()
         piece = layout.parameters[0].slice(start, stop)
-        # A chunk starts at a whole run because its width is a multiple of the block.
         accumulate(features, chunk.unsqueeze(1), piece, start // projection.block, projection, backend=backend)
     return features
 

@@ -54,7 +54,7 @@ def accumulate_reference(
             _sjlt(features, u, index, projection)
         else:
             columns = dense_columns(index, projection, features.dtype)
-            features.addmm_(u, columns, alpha=1 / math.sqrt(projection.dim))
+            features.addmm_(u, columns, alpha=projection.scale)
 
 
 def dense_columns(index: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:

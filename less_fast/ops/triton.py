@@ -75,4 +75,4 @@ def accumulate_triton(
     elif projection.kind == "sjlt":
         accumulate_sjlt(features, grads, *strides, projection.nnz, projection.seed, **update)
     else:
-        accumulate_dense(features, grads, *strides, projection.seed, projection.kind, **update)
+        accumulate_dense(features, grads, *strides, projection.seed, projection.kind, scale=projection.scale, **update)
