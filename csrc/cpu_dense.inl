@@ -49,8 +49,8 @@ inline void draw(uint64_t seed, uint64_t index, uint32_t block, int64_t blocks, 
   }
 }
 
-// log x for 0 < x < 1. A polynomial, as here and below: the standard library's functions are no vectors, and differ from
-// one machine to the next. With those of sine and cosine, a normal is within a few units in the last place of float32.
+// log x for 0 < x < 1: a polynomial, as the standard library's functions are no vectors and differ from one machine to
+// the next. With those of sine and cosine below, a normal is within a few units in the last place of float32.
 inline float log_below_one(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -91,8 +91,8 @@ inline void normals_of_words(float* __restrict out, const uint32_t* __restrict w
   }
 }
 
-// sums[r][k] = sum over i of u[i][r] times entry k of row i of the matrix, in order of i: eight features, R examples. The
-// matrix is signs (bit k of the words of a row) or normals.
+// sums[r][k] = sum over i of u[i][r] times entry k of row i of the matrix, in order of i: eight features, R examples.
+// The matrix is signs (bit k of the words of a row) or normals.
 template <int R, bool kNormal>
 inline void multiply_tile(const float* __restrict u, const Strip& strip, int64_t n, int64_t k, float* __restrict sums) {
   const uint32_t* __restrict at = strip.matrix + (kNormal ? k : k / 32);

@@ -37,8 +37,8 @@ void accumulate_sjlt(const Features& features, const Gradients& grads, const Pre
 
 enum class Dense : int { kRademacher = 0, kGaussian = 1 };
 
-// The dense kinds. Entries are numbered as for accumulate_sjlt. A feature's additions happen in an order that depends on
-// the parameter's shape alone. `scale` multiplies the signs and normals: 1/sqrt(K) for a projection.
+// The dense kinds. Entries are numbered as for accumulate_sjlt. A feature's additions happen in an order that depends
+// on the parameter's shape alone. `scale` multiplies the signs and normals: 1/sqrt(K) for a projection.
 void accumulate_dense(const Features& features, const Gradients& grads, const Precondition& rule, Dense kind,
                       int64_t j_base, int64_t short_stride, int64_t long_stride, uint64_t seed, float scale,
                       int threads);
