@@ -26,6 +26,7 @@ from less_fast.optim.adam import Precondition, precondition_facts
 from less_fast.projection import Projection
 from less_fast.shard_job import ShardJob
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
+from less_fast.workers import Worker
 
 logger = logging.getLogger("less_fast")
 
@@ -70,6 +71,8 @@ def extract_many(
     backend: str = "auto",
     packing: Packing = "auto",
     compile_model: bool = False,
+    shared: bool | None = None,
+    shard_range: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> dict[str | Path, FeatureStore]:
     """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
@@ -86,8 +89,20 @@ def extract_many(
     shard_size : examples a shard holds; the unit of work, resume and checksums. Lengths are sorted within it.
     targets, backend, packing : as for :class:`~less_fast.FeatureExtractor`.
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
-    progress : show a progress bar with examples/s, tokens/s and the time left.
+    shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
+        taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
+        and with ``shard_range``.
+    shard_range : make only shards [first, last); the stores that are returned may then miss others.
+    progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
     """
+    worker = Worker.from_environment()
+    if shared is None:
+        shared = worker.size > 1 or shard_range is not None
+    if shared and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise LessFastError(
+            "the model is sharded over processes, which then make every batch together and can't share out the shards "
+            "of a store; call FeatureExtractor on all of them, or load the model with device_map='auto' in one"
+        )
     examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
     path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if tokenizer is None and not path:
@@ -98,7 +113,8 @@ def extract_many(
         raise LessFastError("two outputs have the same folder; give each its own")
     encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
     extractor = MultiFeatureExtractor(model, list(outputs.values()), targets=targets, backend=backend, packing=packing)
-    if backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
+    main = worker.rank == 0
+    if main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
             "the C++ module is not installed, so features are computed in torch alone: see 'less-fast doctor'"
         )
@@ -128,6 +144,7 @@ def extract_many(
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
 
+    shards = _shards(shard_range, -(-len(examples) // shard_size)) if shard_size > 0 else None
     rows = Rows(examples.ids, examples.datasets, examples.subtasks)
     with ExitStack() as stack:
         writers = [
@@ -145,16 +162,32 @@ def extract_many(
                     dim=output.projection.dim,
                     dtype=dtype,
                     shard_size=shard_size,
+                    shared=shared,
                 )
             )
             for (path, output), used, source in zip(outputs.items(), extractor.backends(), extractor.computed())
         ]
         if compile_model:
             stack.enter_context(compiled(model, extractor.sites))
-        ShardJob(extractor, len(examples), encode, budget).run(writers, progress)
-        stores = {path: writer.close() for path, writer in zip(outputs, writers)}
-    _report(next(iter(stores.values())))
+        ShardJob(extractor, len(examples), encode, budget).run(
+            writers, progress and main, shards=shards, start=worker.start
+        )
+        stores = {path: writer.close(allow_partial=shards is not None) for path, writer in zip(outputs, writers)}
+    if main:
+        _report(next(iter(stores.values())))
     return stores
+
+
+def _shards(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:
+    if shard_range is None:
+        return None
+    first, last = shard_range
+    if not 0 <= first < min(last, n_shards):
+        raise LessFastError(
+            f"shard_range is {first}:{last}; expected ascending numbers, the first one below {n_shards}, the number of "
+            "shards"
+        )
+    return range(first, min(last, n_shards))
 
 
 def device_kind(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,12 +31,18 @@ from less_fast.score_table import read_scores
 from less_fast.scoring import ScoreStream, Share, composition, select, stream_scores
 from less_fast.store import FeatureStore
 from less_fast.store.codec import CODECS
-from less_fast.store.files import check_free_space
+from less_fast.store.files import check_free_space, is_locked
 from less_fast.warmup import warmup
+from less_fast.workers import Worker, alone
 
 Say = Callable[[str], None]
 
 _QUANTISED = ("int8", "1bit")
+# Seconds: how often the others of several processes look how far rank 0 has come, and how long they wait for its start.
+_POLL_SECONDS = 0.5
+_START_SECONDS = 600.0
+# How long rank 0 tries to get the folder, while the others look.
+_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,12 @@ def say_to_stderr(line: str) -> None:
 def run(config: RunConfig, *, progress: bool = True, say: Say = say_to_stderr) -> RunResult:
     """Warm up, extract, score and select as the settings say; go on where an earlier call with the same ones stopped.
 
-    ``progress``: show bars. ``say``: gets the lines that tell what is done. Raises LessFastError for missing or wrong
-    input, all of which is read before anything is made, and for an ``out`` that holds a run with other settings.
+    Under ``torchrun`` all processes make the features together, and rank 0 the rest; all end with the same result.
+    ``progress``: show bars. ``say``: gets the lines that tell what is done; rank 0's only. Raises LessFastError for
+    missing or wrong input, all of which is read before anything is made, for an ``out`` that holds a run with other
+    settings, and on the other ranks where rank 0 ends early.
     """
+    worker = Worker.from_environment()
     config.require_complete()
     config = config.resolved()
     pick_device(config.device)
@@ -76,14 +86,20 @@ def run(config: RunConfig, *, progress: bool = True, say: Say = say_to_stderr) -
     groups = read_groups(config.groups) if config.groups else None
     _choose(config, np.zeros(len(pool)))  # a fraction that selects nothing is an error now, not after hours
     folder = RunFolder(Path(config.out))
-    with folder.writing():
+    if worker.rank:
+        return _Run(config, folder, projection, pool, targets, groups, worker, False, _say_nothing).follow()
+    with folder.writing(_PATIENCE if worker.size > 1 else 0.0):
         folder.adopt(config, say)
-        return _Run(config, folder, projection, pool, targets, groups, progress, say).finish()
+        return _Run(config, folder, projection, pool, targets, groups, worker, progress, say).finish()
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 @dataclass
 class _Run:
-    """One run, its input read and its folder locked."""
+    """One run, its input read, and its folder locked by this process or, where it follows, by rank 0."""
 
     config: RunConfig
     folder: RunFolder
@@ -91,6 +107,7 @@ class _Run:
     pool: Examples
     targets: dict[str, Examples]
     groups: dict[str, str] | None
+    worker: Worker
     progress: bool
     say: Say
     made: list[str] = field(default_factory=list)
@@ -109,6 +126,41 @@ class _Run:
         if not self.made:
             self.say(f"{self.folder.path}: everything was there already; nothing was made again")
         return RunResult(self.folder.path, checkpoints, weights, selected, report, shown, self.made)
+
+    def follow(self) -> RunResult:
+        """Do a share of the features of the run that rank 0 makes."""
+        self._wait(self._has_begun, "it had its checkpoints", running=False)
+        checkpoints, weights = self._checkpoints()
+        for checkpoint in checkpoints:
+            self._features(checkpoint)
+        self._wait(self._has_ended, "it had made its selection", running=True)
+        selected = self._select()
+        report, shown = self._report(checkpoints, weights, selected)
+        return RunResult(self.folder.path, checkpoints, weights, selected, report, shown, self.made)
+
+    def _wait(self, happened: Callable[[], bool], what: str, running: bool) -> None:
+        """Return once it has happened; raise LessFastError where rank 0, ``running`` or not, is gone or never comes."""
+        start = time.monotonic()
+        while not happened():
+            was_running, running = running, is_locked(self.folder.path)
+            if was_running and not running and not happened():
+                raise LessFastError(
+                    f"{self.folder.path}: rank 0 of the run ended before {what}, and tells why; what was finished is "
+                    "kept, repeat the command to go on"
+                )
+            if not running and time.monotonic() - start > _START_SECONDS:
+                raise LessFastError(f"{self.folder.path}: rank 0 of the run did not begin; start all of its ranks")
+            time.sleep(_POLL_SECONDS)
+
+    def _has_begun(self) -> bool:
+        if not is_locked(self.folder.path) or not self.folder.checkpoints.exists():
+            return False
+        recorded = json.loads(self.folder.checkpoints.read_text())
+        return RunConfig.load(self.folder.settings) == self.config and recorded["examples"] == self.pool.fingerprint
+
+    def _has_ended(self) -> bool:
+        made = [self.folder.report, *map(self.folder.selected, self.targets), *map(self.folder.scores, self.targets)]
+        return not is_locked(self.folder.path) and all(file.exists() for file in made)
 
     def _note(self, what: str) -> None:
         self.made.append(what)
@@ -132,7 +184,7 @@ class _Run:
 
     def _check_targets(self) -> None:
         """Raise LessFastError for what would fail only after the warm-up: a backend, a target without any label."""
-        features = torch.empty(1, self.projection.dim, device=pick_device(self.config.device))
+        features = torch.empty(1, self.projection.dim, device=pick_device(self.worker.device(self.config.device)))
         resolve(features, features.view(1, 1, -1), self.projection, self.config.backend)
         tokenizer = load_tokenizer(self.config.model)
         for task, examples in self.targets.items():
@@ -159,7 +211,8 @@ class _Run:
                 Checkpoint(**{**entry, "path": self.folder.path / entry["path"]}) for entry in recorded["checkpoints"]
             ]
         else:
-            checkpoints = self._warmup()
+            with alone():
+                checkpoints = self._warmup()
         given = self.config.checkpoint_weights
         weights = list(given) if given else [checkpoint.learning_rate for checkpoint in checkpoints]
         if len(weights) != len(checkpoints):
@@ -261,7 +314,7 @@ class _Run:
             self.made.append(f"features of checkpoint {checkpoint.step}, {path.name}")
 
     def _load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
-        options = {"dtype": self.config.dtype, "device": self.config.device}
+        options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.worker.device(self.config.device)}
         if (checkpoint.path / "adapter_config.json").exists() or self.config.modules is None:
             return load_model(self.config.model, checkpoint.path, **options)
         return load_model(checkpoint.path, **options)

@@ -72,11 +72,14 @@ class RunFolder:
         return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the folder against other processes, and say in one line what a full or read-only disk means."""
+    def writing(self, patience: float = 0.0) -> Iterator[None]:
+        """Hold the folder against other processes, and say in one line what a full or read-only disk means.
+
+        ``patience``: seconds to wait for those that only look whether it is held.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(self.path)
+            lock = FolderLock(self.path, patience=patience)
             try:
                 yield
             finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -23,19 +24,22 @@ from less_fast.model.budget import is_out_of_memory
 from less_fast.progress import progress_bar
 from less_fast.store import Status, StoreWriter
 from less_fast.store.background import BackgroundWriter
+from less_fast.store.sharing import Claim, claim_shards, missing_shards
 from less_fast.transfer import Fetch
 
 logger = logging.getLogger("less_fast")
 
 # Batches whose features are on their way to the host while the next one is started.
 _IN_FLIGHT = 2
+# How often a process that has nothing left to do looks whether another has finished or died.
+_POLL_SECONDS = 0.2
 
 
 class ShardJob:
-    """Computes the pending shards of several stores; holds the token budget, which only ever falls.
+    """Computes the missing shards of several stores, each as if it were the only one.
 
     ``encode``: the tokens of consecutive examples; called in a thread of its own. Padding is token 0: it is neither
-    attended to nor in the loss.
+    attended to nor in the loss. ``budget``: tokens a batch may have; halved for a shard that finds no memory.
     """
 
     def __init__(
@@ -45,71 +49,116 @@ class ShardJob:
         self.n_examples = n_examples
         self.encode = encode
         self.budget = budget
+        self._batch: tuple[int, ...] = ()
+        self._too_large: set[tuple[int, ...]] = set()
 
-    def run(self, writers: Sequence[StoreWriter], progress: bool) -> None:
-        """Write what the stores, all of the same examples, still miss."""
-        missing = [set(writer.pending()) for writer in writers]
-        pending = sorted(set().union(*missing))
-        total, bounds = self.n_examples, {shard: writers[0].bounds(shard) for shard in pending}
-        todo = sum(stop - start for start, stop in bounds.values())
-        # A shard's bits depend on its budget, which is the smallest that the shards before it needed, whether this
-        # call made them or one that was interrupted.
-        first_budget = self.budget
-        budgets = [(n, facts["token_budget"]) for writer in writers for n, facts in writer.shard_facts().items()]
+    def run(
+        self, writers: Sequence[StoreWriter], progress: bool, *, shards: range | None = None, start: float = 0.0
+    ) -> None:
+        """Return when the stores, all of the same examples, have all of ``shards`` (default: of their shards).
+
+        Where the writers are shared, other processes make what they can claim; ``start``, 0 to 1, is where in the
+        shards this one begins. What a process leaves behind that ends is made here.
+        """
+        missing = missing_shards(writers, shards)
+        first, made = set(missing), set[int]()
+
+        def rows(shard: int) -> range:
+            return range(*writers[0].bounds(shard))
+
+        def elsewhere(missing: Iterable[int]) -> int:
+            return sum(len(rows(shard)) for shard in first.difference(made, missing))
+
+        total = self.n_examples if shards is None else sum(len(rows(shard)) for shard in shards)
+        done = total - sum(len(rows(shard)) for shard in missing)
         with (
-            progress_bar(total, unit="ex", desc="features", show=progress, initial=total - todo) as bar,
+            progress_bar(total, unit="ex", desc="features", show=progress, initial=done) as bar,
             BackgroundWriter() as background,
             ThreadPoolExecutor(1, "less_fast-tokenizer") as tokenizing,
             ThreadPoolExecutor(1, "less_fast-collator") as collating,
         ):
             meter = _TokenMeter(bar)
-            windows = ((shard, range(*bounds[shard])) for shard in pending)
-            for shard, encoded in ahead(tokenizing, self._encoded, windows):
-                self.budget = min([first_budget, *(budget for number, budget in budgets if number < shard)])
-                arrays, status = self._features(encoded, collating, meter)
-                budgets.append((shard, self.budget))
-                columns = (
-                    status,
-                    np.array([len(e.input_ids) for e in encoded], np.int32),
-                    np.array([e.n_labels for e in encoded], np.int32),
-                )
-                facts = {"token_budget": self.budget, "truncated": sum(e.truncated for e in encoded)}
-                writes = [
-                    partial(writer.write, shard, features, *columns, facts=facts)
-                    for writer, features, wanted in zip(writers, arrays, missing)
-                    if shard in wanted
-                ]
-                background.submit(partial(_call_all, writes))
+            while missing:
+                n_made, turn = len(made), int(start * len(missing))
+                claims = claim_shards(writers, missing[turn:] + missing[:turn])
+                windows = ((claim, rows(claim.shard)) for claim in claims)
+                for claim, encoded in ahead(tokenizing, self._encoded, windows):
+                    made.add(claim.shard)
+                    if progress:
+                        meter.see_others(elsewhere(missing_shards(writers, shards)))
+                    arrays, status, facts = self._features(encoded, collating, meter)
+                    columns = (
+                        status,
+                        np.array([len(e.input_ids) for e in encoded], np.int32),
+                        np.array([e.n_labels for e in encoded], np.int32),
+                    )
+                    writes = [
+                        partial(writer.write, claim.shard, features, *columns, facts=facts)
+                        for writer, features in zip(writers, arrays)
+                        if writer in claim.writers
+                    ]
+                    background.submit(partial(_call_all, writes))
+                background.wait()
+                missing = missing_shards(writers, shards)
+                meter.see_others(elsewhere(missing))
+                if missing and len(made) == n_made:  # all that is missing is in the making elsewhere
+                    time.sleep(_POLL_SECONDS)
 
-    def _encoded(self, window: tuple[int, range]) -> tuple[int, list[Encoded]]:
-        shard, rows = window
-        return shard, self.encode(rows)
+    def _encoded(self, window: tuple[Claim, range]) -> tuple[Claim, list[Encoded]]:
+        claim, rows = window
+        return claim, self.encode(rows)
 
     def _features(
         self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Features of every output and a status per row; a smaller budget and a new start where memory runs out."""
+    ) -> tuple[list[np.ndarray], np.ndarray, dict[str, int]]:
+        """Features of every output, a status per row, and the shard's facts; batches are halved till they fit.
+
+        Every shard begins with the whole budget, so that its bits do not depend on which were made before it, or by
+        whom. What is remembered of those only saves the attempts that would fail.
+        """
+        lengths = [len(e.input_ids) for e in encoded]
+        longest, budget = max(lengths), self.budget
         while True:
-            done_before = meter.examples
-            try:
-                return self._attempt(encoded, collating, meter)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                longest = max(len(e.input_ids) for e in encoded)
-                if self.budget <= max(longest // 2, 1):
-                    raise LessFastError(
-                        f"out of memory on {self.extractor.device} with a single example of {longest} tokens; use a "
-                        "smaller max_length, a smaller dtype or a larger device (finished shards are kept)"
-                    ) from error
+            batches = plan_batches(
+                lengths,
+                budget,
+                self.extractor.max_examples,
+                packed=self.extractor.batches.packed,
+                batch_cost=self.extractor.batch_cost,
+            )
+            smallest = budget <= max(longest // 2, 1)
+            if smallest or not self._is_too_large(batches, lengths):
+                done_before = meter.examples
+                try:
+                    features, status = self._attempt(encoded, batches, collating, meter)
+                    facts = {"token_budget": budget, "truncated": sum(e.truncated for e in encoded)}
+                    return features, status, facts
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if smallest:
+                        raise LessFastError(
+                            f"out of memory on {self.extractor.device} with a single example of {longest} tokens; use "
+                            "a smaller max_length, a smaller dtype or a larger device (finished shards are kept)"
+                        ) from error
+                    self._too_large.add(self._batch)
                 meter.rewind(done_before)
-                self.budget //= 2
-                logger.warning("out of memory: the token budget is now %d; this shard starts again", self.budget)
-            if self.extractor.device.type == "cuda":
-                torch.cuda.empty_cache()
+                logger.warning("out of memory: the token budget is now %d for this shard, done anew", budget // 2)
+                if self.extractor.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            budget //= 2
+
+    def _is_too_large(self, batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> bool:
+        """Whether one of the batches is, in every respect, at least as large as one that found no memory."""
+        sizes = [_size(batch, lengths) for batch in batches]
+        return any(all(map(operator.ge, size, failed)) for failed in self._too_large for size in sizes)
 
     def _attempt(
-        self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter
+        self,
+        encoded: Sequence[Encoded],
+        batches: Sequence[list[int]],
+        collating: ThreadPoolExecutor,
+        meter: _TokenMeter,
     ) -> tuple[list[np.ndarray], np.ndarray]:
         features = [np.zeros((len(encoded), output.projection.dim), np.float32) for output in self.extractor.outputs]
         status = np.full(len(encoded), Status.OK, np.uint8)
@@ -129,15 +178,9 @@ class ShardJob:
         def collated(batch: list[int]) -> tuple[list[int], dict[str, Tensor]]:
             return batch, collate([encoded[i] for i in batch], pad_id=0)
 
-        batches = plan_batches(
-            lengths,
-            self.budget,
-            self.extractor.max_examples,
-            packed=self.extractor.batches.packed,
-            batch_cost=self.extractor.batch_cost,
-        )
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
         for batch, tensors in ahead(collating, collated, batches):
+            self._batch = _size(batch, lengths)
             result = self.extractor(tensors)
             in_flight.append((batch, result.n_labels, Fetch([result.losses, *result.features])))
             if len(in_flight) > _IN_FLIGHT:
@@ -154,12 +197,18 @@ def _call_all(calls: Sequence[Callable[[], object]]) -> None:
         call()
 
 
+def _size(batch: Sequence[int], lengths: Sequence[int]) -> tuple[int, int, int]:
+    """What a batch's memory grows with: its examples, their tokens, and the longest one's."""
+    tokens = [lengths[i] for i in batch]
+    return len(batch), sum(tokens), max(tokens)
+
+
 class _TokenMeter:
-    """Adds tokens/s to a progress bar."""
+    """Adds tokens/s to a progress bar, and what other processes have done."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self.bar = bar
-        self.examples = self.tokens = 0
+        self.examples = self.tokens = self.others = 0
         self.started = time.monotonic()
 
     def update(self, examples: int, tokens: int) -> None:
@@ -168,6 +217,10 @@ class _TokenMeter:
         rate = self.tokens / max(time.monotonic() - self.started, 1e-9)
         self.bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self.bar.update(examples)
+
+    def see_others(self, examples: int) -> None:
+        self.bar.update(examples - self.others)
+        self.others = examples
 
     def rewind(self, examples: int) -> None:
         self.bar.update(examples - self.examples)

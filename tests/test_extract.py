@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from support.models import adapted
 from support.tiny import examples, save_tiny_llama, write_jsonl
 
 from less_fast import extraction, shard_job
-from less_fast.data import collate, encode_all, load_examples
+from less_fast.data import CPU_BATCH_COST, collate, encode_all, load_examples, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.extraction import extract, extract_many
 from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
@@ -283,19 +284,29 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
 ) -> None:
     whole = run(folder, tmp_path / "whole")
     original = MultiFeatureExtractor.__call__
+    failed: list[int] = []
 
     def limited(self: MultiFeatureExtractor, batch: dict[str, torch.Tensor]) -> object:
         if batch["input_ids"].numel() > 260:
+            failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, batch)
 
     monkeypatch.setattr(MultiFeatureExtractor, "__call__", limited)
     store = run(folder, tmp_path / "limited", token_budget=1600)
     budgets = [shard["facts"]["token_budget"] for shard in store.manifest["shards"]]
-    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == 200
+
+    def largest(lengths: list[int], budget: int) -> int:
+        batches = plan_batches(lengths, budget, batch_cost=CPU_BATCH_COST)
+        return max(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    for shard, budget in enumerate(budgets):  # the first one that works, whatever the shards before it needed
+        lengths = store.n_tokens[7 * shard : 7 * shard + 7].tolist()
+        assert budget == next(b for b in (1600, 800, 400, 200, 100) if largest(lengths, b) <= 260)
+    assert len(set(budgets)) > 1 and sum(failed) < 2 * len(budgets)
     assert "token budget is now 800" in caplog.text
     np.testing.assert_allclose(store[:], whole[:], rtol=1e-3, atol=1e-5 * np.abs(whole[:]).max())
-    # A shard that is made again starts from the budget that those before it needed: the bits are the same.
+    # A shard that is made again, or before the others, has the same bits.
     for shard in (0, len(budgets) - 1):
         file = tmp_path / "limited" / store.manifest["shards"][shard]["file"]
         before = file.read_bytes()
@@ -303,6 +314,11 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
         with pytest.warns(UserWarning, match="missing"):
             run(folder, tmp_path / "limited", token_budget=1600)
         assert file.read_bytes() == before
+    for shard in (4, 2, 3, 0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(folder, tmp_path / "turned", token_budget=1600, shard_range=(shard, shard + 1))
+    same_files(tmp_path / "limited", tmp_path / "turned")
     monkeypatch.setattr(MultiFeatureExtractor, "__call__", lambda self, batch: limited(self, {"input_ids": ids(1000)}))
     with pytest.raises(LessFastError, match="single example"):
         run(folder, tmp_path / "impossible")

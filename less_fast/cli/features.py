@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -10,6 +11,7 @@ import typer
 from less_fast.cli.output import only_results_on_stdout, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
+from less_fast.workers import Worker
 
 if TYPE_CHECKING:
     from less_fast.model.packed import Packing
@@ -80,6 +82,17 @@ def _extract(
     compile_model: Annotated[
         bool, typer.Option("--compile-model", help="Run torch.compile on the parts of the model without adapters.")
     ] = RunConfig.compile_model,
+    shared: Annotated[
+        bool | None,
+        typer.Option(
+            "--shared/--no-shared",
+            help="Share the work with other processes that run the same command.",
+            show_default="under torchrun",
+        ),
+    ] = None,
+    shard_range: Annotated[
+        str | None, typer.Option(help="Make only shards A to B - 1, and leave the rest to others.", metavar="A:B")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -94,6 +107,10 @@ def _extract(
             raise LessFastError(f"--precondition is {name!r}; expected one of {', '.join(_PRECONDITIONS)}")
     if token_budget != "auto" and not token_budget.isdigit():
         raise LessFastError(f"--token-budget is {token_budget!r}; expected auto or a number of tokens")
+    window = re.fullmatch(r"(\d+):(\d+)", shard_range) if shard_range is not None else None
+    if shard_range is not None and window is None:
+        raise LessFastError(f"--shard-range is {shard_range!r}; expected two numbers such as 0:100")
+    worker = Worker.from_environment()
     with only_results_on_stdout():
         from less_fast.data import load_examples
         from less_fast.extraction import extract_many
@@ -104,7 +121,7 @@ def _extract(
 
         projections = [Projection(kind, size, seed, block, nnz) for size in dims]
         examples = load_examples(data, limit=limit)
-        loaded, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
+        loaded, tokenizer = load_model(model, adapter, dtype=dtype, device=worker.device(device))
         state: dict[str, Any] = {name: name for name in preconditions}
         if "adam" in state:
             state["adam"] = AdamState.from_checkpoint(optimizer or adapter or model, loaded, rule)
@@ -127,6 +144,8 @@ def _extract(
             backend=backend,
             packing=cast("Packing", packing),
             compile_model=compile_model,
+            shared=shared,
+            shard_range=(int(window[1]), int(window[2])) if window else None,
             progress=progress,
         )
     results = [_summary(store) for store in stores.values()]

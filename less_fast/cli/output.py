@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from less_fast.errors import LessFastError
+from less_fast.workers import Worker
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -37,8 +38,9 @@ def print_warnings() -> None:
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
-    """Print a result: as JSON, or the text."""
-    print(json.dumps(result, indent=2) if as_json else text)
+    """Print a result: as JSON, or the text. Of the processes that made it together, rank 0 does."""
+    if Worker.from_environment().rank == 0:
+        print(json.dumps(result, indent=2) if as_json else text)
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:

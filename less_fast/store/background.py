@@ -13,8 +13,9 @@ _WAITING = 1
 class BackgroundWriter:
     """Runs writes one after the other in a thread of its own; they are done when the context is left.
 
-    An error of a write is raised by the next :meth:`submit`, or on leaving the context; writes that have not begun by
-    then are dropped. Where another error (or Ctrl-C) leaves the context, what was submitted before is still written.
+    An error of a write is raised by the next :meth:`submit` or :meth:`wait`, or on leaving the context; writes that
+    have not begun by then are dropped. Where another error (or Ctrl-C) leaves the context, what was submitted before is
+    still written.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,11 @@ class BackgroundWriter:
         while self._queue and (self._queue[0].done() or len(self._queue) > _WAITING):
             self._take()
         self._queue.append(self._thread.submit(write))
+
+    def wait(self) -> None:
+        """Return when all that was submitted is written."""
+        while self._queue:
+            self._take()
 
     def _take(self) -> None:
         oldest = self._queue[0]
@@ -43,7 +49,7 @@ class BackgroundWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            while kind is None and self._queue:
-                self._take()
+            if kind is None:
+                self.wait()
         finally:
             self._thread.shutdown(wait=True)

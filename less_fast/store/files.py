@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the lock that keeps a second writer out, and what a full disk looks like."""
+"""Files that appear whole or not at all, the lock that keeps other writers out, and what a full disk looks like."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ TEMPORARY_SUFFIX = ".tmp"
 LOCK_NAME = ".lock"
 _CREATE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -52,10 +54,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """An empty file beside ``path``, locked: ``{name}.tmp``, or, while another writer is at that one, a random name."""
+    """An empty file beside ``path``, locked: ``{name}.tmp``, or, while another writer is at that one, a random name.
+
+    Where nothing can be locked, nobody knows who is at which, and the name is always a random one.
+    """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     descriptor = os.open(temporary, _CREATE, 0o666)
-    if not _taken(descriptor, temporary):
+    try:
+        taken = _taken(descriptor, temporary)
+    except OSError:
+        taken = True
+        temporary.unlink(missing_ok=True)
+    if not taken:
         os.ftruncate(descriptor, 0)
     else:
         os.close(descriptor)
@@ -71,8 +81,6 @@ def _taken(descriptor: int, path: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
-        pass
     return not _is_file(descriptor, path)
 
 
@@ -161,37 +169,81 @@ def failed_write(path: Path, error: OSError, outlook: str) -> LessFastError:
 
 
 class FolderLock:
-    """An exclusive advisory lock on a folder, held from construction until :meth:`release` or the process's end.
+    """An advisory lock on a folder, held from construction until :meth:`release` or the process's end.
 
-    Raises LessFastError if another process (or another object of this one) holds it.
+    ``shared``: beside other shared ones, where none is exclusive; and in vain on a file system without locks, which an
+    exclusive one refuses. ``patience``: seconds to try for. Raises LessFastError if another process (or another object
+    of this one) holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False, patience: float = 0.0) -> None:
         self._path = folder / LOCK_NAME
-        self._descriptor: int | None = None
-        while self._descriptor is None:
+        self._shared = shared
+        deadline = time.monotonic() + patience
+        while (descriptor := self._try()) is None:
+            if time.monotonic() >= deadline:
+                alone = " alone" if shared else ""
+                raise LessFastError(
+                    f"{folder} is being written by another process{alone}; wait until it ends, or choose another folder"
+                )
+            time.sleep(0.02)
+        self._descriptor: int | None = descriptor
+
+    def _try(self) -> int | None:
+        """The locked file, or None if another holds it."""
+        while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if fcntl is not None:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
-                os.close(descriptor)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                if error.errno in _LOCKED or not self._shared:
+                    os.close(descriptor)
+                if error.errno in _LOCKED:
+                    return None
+                if not self._shared:
                     raise
-                raise LessFastError(
-                    f"{folder} is being written by another process; wait until it ends, or choose another folder"
-                ) from None
             # The last holder may have removed the file between our open and our lock: then this lock is worth nothing.
             if _is_file(descriptor, self._path):
-                self._descriptor = descriptor
-            else:
-                os.close(descriptor)
+                return descriptor
+            os.close(descriptor)
+
+    def end_sharing(self) -> bool:
+        """Make a shared lock exclusive, or let go of it where another process holds it too; whether it is exclusive."""
+        self._shared = False
+        if self._descriptor is None:
+            return False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _LOCKED:
+                os.close(self._descriptor)
+                self._descriptor = None
+            return False
+        return True
 
     def release(self) -> None:
-        """Remove the lock file and let others in; a second call does nothing."""
+        """Let others in, and remove the lock file unless it is theirs too; a second call does nothing."""
+        if self._shared:
+            self.end_sharing()
         if self._descriptor is not None:
             # The folder may have been moved, and another one locked in its place.
             if _is_file(self._descriptor, self._path):
                 self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the folder's lock for itself alone."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _LOCKED
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,9 +1,11 @@
-"""``StoreWriter``: makes a feature store shard by shard, and goes on where a killed writer stopped."""
+"""``StoreWriter``: makes a feature store shard by shard, alone or with other processes, and goes on after a kill."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from less_fast.errors import CorruptStoreError, LessFastError
 from less_fast.store import manifest as manifests
+from less_fast.store.claims import CLAIMS_NAME, Claims
 from less_fast.store.codec import Array
 from less_fast.store.files import (
     LOCK_NAME,
@@ -35,6 +38,8 @@ from less_fast.store.shard import Status, encode_shard, open_shard, shard_bytes,
 from less_fast.store.strict_json import parse_json
 
 _MAX_DIFFERENCES = 8
+# Seconds in which a process that shared the store has cleaned up behind itself.
+_PATIENCE = 5.0
 
 
 class StoreWriter:
@@ -48,6 +53,8 @@ class StoreWriter:
     dim : K.
     dtype : ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``1bit``.
     shard_size : rows per shard; the last shard may have fewer.
+    shared : let other processes, whose writers are shared too, make the same store at the same time. Each asks with
+        :meth:`claim` which shards are its own, and with :meth:`refresh` what the others have finished.
 
     Raises
     ------
@@ -56,13 +63,22 @@ class StoreWriter:
         written by another process, or the disk has too little room for what is missing.
 
     Whatever instant a writer is killed at, the next one with the same arguments, given the same features, makes a store
-    that is the same in every byte.
+    that is the same in every byte; so do several that share it.
     """
 
     def __init__(
-        self, path: str | PathLike[str], facts: Mapping[str, Any], rows: Rows, *, dim: int, dtype: str, shard_size: int
+        self,
+        path: str | PathLike[str],
+        facts: Mapping[str, Any],
+        rows: Rows,
+        *,
+        dim: int,
+        dtype: str,
+        shard_size: int,
+        shared: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._claims: Claims | None = None
         plain_facts = json.loads(json.dumps(dict(facts), allow_nan=False))
         table = rows.to_parquet()
         wanted = Manifest(len(rows), dim, dtype, shard_size, plain_facts, rows.hash, hashlib.sha256(table).hexdigest())
@@ -70,9 +86,11 @@ class StoreWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             sync_folder(self.path.parent)
-            self._lock = FolderLock(self.path)
+            self._lock = FolderLock(self.path, shared=shared, patience=_PATIENCE if shared else 0.0)
             try:
-                self._manifest = self._open(wanted, table)
+                self._claims = Claims(self.path) if shared else None
+                with self._turn():
+                    self._manifest = self._open(wanted, table)
             except BaseException:
                 self.release()
                 raise
@@ -86,22 +104,22 @@ class StoreWriter:
         check_free_space(self.path, needed + table_bytes - there)
 
     def _open(self, wanted: Manifest, table: bytes) -> Manifest:
-        """With the lock held: create or adopt what is in the folder, and bring manifest and rows up to date."""
+        """With the lock and the turn: create or adopt what is in the folder, and bring manifest and rows up to date."""
         begun = (self.path / manifests.FILE_NAME).exists()
         if begun:
             found = Manifest.read(self.path)
             self._check_same(found, wanted)
         else:
-            ours = {LOCK_NAME, manifests.FILE_NAME + TEMPORARY_SUFFIX}
+            ours = {LOCK_NAME, CLAIMS_NAME, manifests.FILE_NAME + TEMPORARY_SUFFIX}
             if foreign := sorted({entry.name for entry in self.path.iterdir()} - ours):
                 raise LessFastError(f"{self.path} holds {foreign[0]} and is not a feature store; choose another folder")
             found = wanted
-        remove_temporaries(self.path)
+        if self._claims is None:
+            self._clean()
         # The manifest comes first: with it there, whatever else lies in the folder is known to be ours.
         if not begun:
             wanted.write(self.path)
         (self.path / manifests.SHARDS_NAME).mkdir(exist_ok=True)
-        remove_temporaries(self.path / manifests.SHARDS_NAME)
         rows_path = self.path / manifests.ROWS_NAME
         if not rows_path.exists() or sha256_of(rows_path) != wanted.rows_sha256:
             with atomic_file(rows_path) as file:
@@ -110,6 +128,15 @@ class StoreWriter:
         if manifest != found:
             manifest.write(self.path)
         return manifest
+
+    def _clean(self) -> None:
+        """Remove what killed writers left, with nobody else at the store."""
+        remove_temporaries(self.path)
+        remove_temporaries(self.path / manifests.SHARDS_NAME)
+        (self.path / CLAIMS_NAME).unlink(missing_ok=True)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._claims is None else self._claims.turn()
 
     def _check_same(self, found: Manifest, wanted: Manifest) -> None:
         lines = differences(found.settings(), wanted.settings())
@@ -133,14 +160,19 @@ class StoreWriter:
             elif listed and not path.exists():
                 warnings.warn(f"{path} is missing; it will be made again", stacklevel=4)
             elif path.exists():
-                try:
-                    shards[shard] = self._adopt(found, shard, file)
-                except CorruptStoreError:
-                    warnings.warn(f"{path} is damaged; it will be made again", stacklevel=4)
-                    path.unlink()
+                shards.update(self._adopt(found, shard, file))
         return shards
 
-    def _adopt(self, found: Manifest, shard: int, file: str) -> ShardEntry:
+    def _adopt(self, found: Manifest, shard: int, file: str) -> dict[int, ShardEntry]:
+        """The entry of a shard that lies in the folder; none, and the file is gone, where it is damaged."""
+        try:
+            return {shard: self._entry(found, shard, file)}
+        except CorruptStoreError:
+            warnings.warn(f"{self.path / file} is damaged; it will be made again", stacklevel=5)
+            (self.path / file).unlink(missing_ok=True)
+            return {}
+
+    def _entry(self, found: Manifest, shard: int, file: str) -> ShardEntry:
         path = self.path / file
         start, stop = found.bounds(shard)
         metadata = open_shard(path, found.codec, found.dim, start, stop).metadata
@@ -155,6 +187,50 @@ class StoreWriter:
     def pending(self) -> list[int]:
         """Numbers of the shards that are not there yet, ascending."""
         return self._manifest.pending
+
+    def misses(self, shard: int) -> bool:
+        """Whether a shard is not known to be there."""
+        return 0 <= shard < self._manifest.n_shards and shard not in self._manifest.shards
+
+    def claim(self, shard: int) -> bool:
+        """Whether this writer may make a shard: it is not there, and no other process is at it.
+
+        The claim lasts until the shard is written, :meth:`give_up`, or the end of this writer or its process.
+        """
+        if self._claims is None or not self.misses(shard):
+            return self.misses(shard)
+        if not self._claims.take(shard):
+            return False
+        if (self.path / shard_file(shard)).exists():  # finished since the manifest was last read
+            self._claims.drop(shard)
+            return False
+        return True
+
+    def give_up(self, shard: int) -> None:
+        """Let other processes claim a shard that this one will not write."""
+        if self._claims is not None:
+            self._claims.drop(shard)
+
+    def refresh(self) -> None:
+        """Take notice of the shards that other processes have finished since, and list those of the killed ones."""
+        if self._claims is None:
+            return
+        claimed: list[int] = []
+        try:
+            with self._turn():
+                there = set(os.listdir(self.path / manifests.SHARDS_NAME))
+                found, entries = self._found(), {}
+                for shard in found.pending:
+                    file = shard_file(shard)
+                    if Path(file).name in there and self._claims.take(shard):
+                        claimed.append(shard)
+                        entries.update(self._adopt(found, shard, file))
+                self._list(found, entries)
+        except OSError as error:
+            raise failed_write(self.path, error, "nothing that was finished is lost") from error
+        finally:
+            for shard in claimed:
+                self._claims.drop(shard)
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First row of a shard, and the row after its last."""
@@ -207,25 +283,48 @@ class StoreWriter:
                 raise LessFastError(f"{name} of shard {shard} have shape {tensors[name].shape}; expected {spec.shape}")
         path = self.path / shard_file(shard)
         try:
-            sha256, size = write_shard(path, tensors, specs, metadata)
-            self._manifest.shards[shard] = ShardEntry(shard_file(shard), start, stop, sha256, size, plain_facts)
-            self._manifest.write(self.path)
+            if self._claims is None or not path.exists():  # where claims are in vain, another may have been faster
+                sha256, size = write_shard(path, tensors, specs, metadata)
+                entry = ShardEntry(shard_file(shard), start, stop, sha256, size, plain_facts)
+                with self._turn():
+                    self._list(self._found(), {shard: entry})
         except OSError as error:
             done = f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished"
             raise failed_write(path, error, f"{done} and stay") from error
+        finally:
+            self.give_up(shard)
+
+    def _found(self) -> Manifest:
+        """The manifest as it is now, which others may have added to."""
+        if self._claims is None:
+            return self._manifest
+        found = Manifest.read(self.path)
+        self._check_same(found, self._manifest)
+        return found
+
+    def _list(self, found: Manifest, entries: Mapping[int, ShardEntry]) -> None:
+        manifest = replace(self._manifest, shards={**found.shards, **entries})
+        if entries:
+            manifest.write(self.path)
+        self._manifest = manifest
 
     def _pending_bounds(self, shard: int) -> tuple[int, int]:
-        if shard not in self.pending():
+        known = self._claims is not None and shard in self._manifest.shards  # where claims are in vain
+        if not self.misses(shard) and not known:
             raise LessFastError(f"shard {shard} of {self.path} is not pending")
         return self.bounds(shard)
 
-    def close(self) -> FeatureStore:
-        """Let go of the store and open it for reading; raises LessFastError if shards are missing."""
+    def close(self, *, allow_partial: bool = False) -> FeatureStore:
+        """Let go of the store and open it for reading; raises LessFastError if shards are missing and may not be."""
         self.release()
-        return FeatureStore(self.path)
+        return FeatureStore(self.path, allow_partial=allow_partial)
 
     def release(self) -> None:
-        """Let go of the store, finished or not; a second call does nothing."""
+        """Let go of the store, finished or not; a second call does nothing. The last to share it cleans up."""
+        if self._claims is not None:
+            self._claims.close()
+            if self._lock.end_sharing():
+                self._clean()
         self._lock.release()
 
     def __enter__(self) -> StoreWriter:

@@ -1,0 +1,44 @@
+"""How processes that share stores divide the shards: each takes what nobody has taken yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from less_fast.store.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A shard that this process is to make, for each of the ``writers``."""
+
+    shard: int
+    writers: list[StoreWriter]
+
+
+def missing_shards(writers: Sequence[StoreWriter], shards: range | None = None) -> list[int]:
+    """Numbers of the shards, of ``shards`` or of all, that one of the stores at least does not have now, ascending."""
+    for writer in writers:
+        writer.refresh()
+    missing = sorted(set().union(*(writer.pending() for writer in writers)))
+    return missing if shards is None else [shard for shard in missing if shard in shards]
+
+
+def claim_shards(writers: Sequence[StoreWriter], shards: Iterable[int]) -> Iterator[Claim]:
+    """Claim one shard after the other, each when it is asked for; those that others have or make are left out.
+
+    A shard is claimed in all stores that it is missing from, or in none: it is then computed once for all of them.
+    """
+    for shard in shards:
+        claimed: list[StoreWriter] = []
+        for writer in writers:
+            if not writer.misses(shard):
+                continue
+            if not writer.claim(shard):
+                for other in claimed:
+                    other.give_up(shard)
+                break
+            claimed.append(writer)
+        else:
+            if claimed:
+                yield Claim(shard, claimed)
