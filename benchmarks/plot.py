@@ -1,7 +1,7 @@
 """Draw measured rows: `python benchmarks/plot.py [FOLDER ...]`, by default every folder of benchmarks/results.
 
-Ratio bars, a roofline, scaling curves, peers and quality, each where its JSON file is; nothing else is read. The SVGs
-lie beside the rows, and equal rows give equal bytes with one version of matplotlib, which the files name.
+Ratio bars, a roofline, scaling curves, peers, quality and a simulated map, each where its JSON file is; nothing else is
+read. The SVGs lie beside the rows; equal rows give equal bytes with one version of matplotlib, which the files name.
 """
 
 from __future__ import annotations
@@ -190,6 +190,33 @@ def peers(folder: Path) -> Any:
     return figure
 
 
+def simulation(folder: Path) -> Any:
+    """Efficiency of the simulated map over shards against workers, a panel for each way that shards are taken."""
+    rows = read_rows(folder / "simulate.json")
+    kinds = list(dict.fromkeys((row["schedule"], row["order"]) for row in rows))
+    if not kinds:
+        return None
+    figure, grid = subplots(len(kinds), 1, 10, 3.2)
+    for axes, kind in zip(grid, kinds):
+        mine = [row for row in rows if (row["schedule"], row["order"]) == kind]
+        for number, size in enumerate(sorted({row["shard_size"] for row in mine})):
+            points = sorted((row for row in mine if row["shard_size"] == size), key=lambda row: row["workers"])
+            axes.plot(
+                [row["workers"] for row in points],
+                [row["efficiency"] for row in points],
+                f"{MARKERS[number]}-",
+                color=CYCLE[number],
+                markersize=4,
+                label=f"shards of {size:,}",
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set(ylim=(0, 1.02), xlabel="workers", title=", ".join(kind))
+        axes.legend(fontsize=7, loc="lower left")
+    grid[0].set_ylabel("efficiency")
+    return figure
+
+
 def quality(folder: Path) -> Any:
     """Rank correlation with the exact scores against K: kinds in float32, and store dtypes of the default kind."""
     rows = [row for row in read_rows(folder / "quality.json") if row["op"] == "quality" and row["kind"] != "identity"]
@@ -243,6 +270,7 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "scaling": scaling,
     "peers": peers,
     "quality": quality,
+    "simulation": simulation,
 }
 
 

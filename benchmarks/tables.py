@@ -64,12 +64,47 @@ def score(rows: Rows) -> list[list[str]]:
     """Time of a pass over the store, and that over its floor, for every dtype and number of queries."""
     rows = [row for row in rows if row["op"] == "score"]
     counts = sorted({row["queries"] for row in rows})
-    lines = [["pool", "queries as", *(f"{n} {'query' if n == 1 else 'queries'}" for n in counts)]]
+    lines = [["pool", "queries as", *map(_queries, counts)]]
     for dtype, query_dtype in dict.fromkeys((row["dtype"], row["query_dtype"]) for row in rows):
         found = {row["queries"]: row for row in rows if (row["dtype"], row["query_dtype"]) == (dtype, query_dtype)}
         cells = [f"{_ms(found[n]['ms_50'])} ({found[n]['ratio_to_floor']:.2f})" if n in found else "" for n in counts]
         lines.append([f"`{dtype}`", f"`{query_dtype}`", *cells])
     return lines
+
+
+def scan(rows: Rows) -> list[list[str]]:
+    """What 10^9 rows would take at the measured speed: bytes, the bytes/s of the fewest queries, and hours."""
+    passes = [row for row in rows if row["op"] == "score"]
+    counts = sorted({row["queries"] for row in passes})
+    lines = [["pool", "queries as", "codes of 10⁹ rows", "read at", *map(_queries, counts)]]
+    for dtype, query_dtype in dict.fromkeys((row["dtype"], row["query_dtype"]) for row in passes):
+        found = {row["queries"]: row for row in passes if (row["dtype"], row["query_dtype"]) == (dtype, query_dtype)}
+        first = found[min(found)]
+        rate = 1e3 * first["bytes"] / first["ms_50"]
+        size = rate / first["rows_per_s"] * 1e9
+        hours = [f"{1e9 / found[n]['rows_per_s'] / 3600:.2g} h" if n in found else "" for n in counts]
+        lines.append([f"`{dtype}`", f"`{query_dtype}`", f"{size / 1e12:.3g} TB", f"{rate / 1e9:.3g} GB/s", *hours])
+    return lines
+
+
+def _queries(n: int) -> str:
+    return f"{n} {'query' if n == 1 else 'queries'}"
+
+
+def simulation(rows: Rows) -> list[list[str]]:
+    """Efficiency of the simulated map over shards, a column for each number of workers."""
+    counts = sorted({row["workers"] for row in rows})
+    lines = [["shards are taken by", "order", "examples of a shard", "99 % take less than", *map(_workers, counts)]]
+    for kind in dict.fromkeys((row["schedule"], row["order"], row["shard_size"]) for row in rows):
+        found = {row["workers"]: row for row in rows if (row["schedule"], row["order"], row["shard_size"]) == kind}
+        cells = [f"{100 * found[n]['efficiency']:.1f} %" if n in found else "" for n in counts]
+        minutes = f"{found[max(found)]['shard_s_99'] / 60:,.0f} min"
+        lines.append([kind[0], kind[1], f"{kind[2]:,}", minutes, *cells])
+    return lines
+
+
+def _workers(n: int) -> str:
+    return f"{n:,} {'worker' if n == 1 else 'workers'}"
 
 
 def scaling(rows: Rows) -> list[list[str]]:
@@ -197,6 +232,7 @@ TABLES = {
     "callback": Table("callback.json", callback),
     "sketch": Table("sketch.json", sketch),
     "score": Table("score.json", score),
+    "scan": Table("score.json", scan),
     "large": Table("score_large.json", large),
     "agreement": Table("agreement.json", agreement),
     "scaling": Table("scaling.json", scaling),
@@ -204,6 +240,7 @@ TABLES = {
     "projections": Table("quality.json", projections),
     "selection": Table("quality.json", selection),
     "peers": Table("peers.json", peers),
+    "simulation": Table("simulate.json", simulation),
     "rivals": Table("peers.json", rivals),
 }
 

@@ -45,8 +45,14 @@ def score_row(queries: int, dtype: str, query_dtype: str = "float32", **facts: A
         "flops": 1e9 * queries,
         "ratio_to_floor": 1.25,
         "ratio_to_baseline": 0.5,
+        "rows_per_s": 180_000.0,
         **facts,
     }
+
+
+def simulation_row(workers: int, order: str = "dataset", **facts: Any) -> dict[str, Any]:
+    taken = {"schedule": "claims", "order": order, "shard_size": 4096, "workers": workers}
+    return {"op": "simulation", **taken, "efficiency": 0.98765 / workers, "shard_s_99": 1234.0, **facts}
 
 
 def quality_row(kind: str, k: int, **facts: Any) -> dict[str, Any]:
@@ -102,6 +108,8 @@ def every_file(folder: Path) -> None:
     tuned = {"op": "selection", "task": "bbh", "arm": "random", "test_loss": 1.5, "test_loss_sd": 0.25}
     planted = [quality_row("srht", k, gradients="outliers") for k in (512, 1024)]
     write_rows(folder / "quality.json", [*sketched, *planted, tuned])
+    simulated = [simulation_row(workers, order) for order in ("dataset", "longest first") for workers in (1, 64)]
+    write_rows(folder / "simulate.json", simulated)
     limits = [("copy", "bytes_per_s"), ("matmul", "flops_per_s")]
     ceilings = [{"op": "ceilings", "implementation": name, rate: 1e10, "device": "CPU"} for name, rate in limits]
     write_rows(folder / "ceilings.json", ceilings)
@@ -194,6 +202,10 @@ def test_other_tables_are_read_off_the_rows(module: Any, tmp_path: Path) -> None
     made = {name: module("tables").render(name, tmp_path).splitlines() for name in module("tables").TABLES}
     assert made["score"][0] == "| pool | queries as | 1 query | 57 queries |"
     assert made["score"][3] == "| `int8` | `float32` | 150 ms (1.25) | 150 ms (1.25) |"
+    assert made["scan"][0] == "| pool | queries as | codes of 10⁹ rows | read at | 1 query | 57 queries |"
+    assert made["scan"][3] == "| `int8` | `float32` | 37 TB | 6.67 GB/s | 1.5 h | 1.5 h |"
+    assert made["simulation"][0].endswith("| 99 % take less than | 1 worker | 64 workers |")
+    assert made["simulation"][3] == "| claims | longest first | 4,096 | 21 min | 98.8 % | 1.5 % |"
     assert made["scaling"][3] == "| extract | K | 8 | 32 | size^1.00 | 0.90 to 1.10 | size^0.50 |"
     assert made["quality"][2:] == ["| `float32` | `float32` | 0.012 | 0.9876 ± 0.0004 | 95.1 % |"]  # of the largest K
     assert made["projections"][-1] == "| outliers | 1,024 | `srht` | 0.012 | 0.9876 ± 0.0004 | 95.1 % |"
