@@ -35,6 +35,7 @@ class ForwardExtractor:
         dim = config.get_text_config().hidden_size if kind == "reps" else 1
         self.outputs = [Output(Projection("identity", dim))]
         self.max_examples: int | None = None  # of a batch; its tokens bound it
+        self.batch_cost: int | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         """Rows of a batch of ``input_ids``, ``labels`` and ``attention_mask`` (N, T)."""
