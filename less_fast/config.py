@@ -102,6 +102,15 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = _field(
         "float32", "Type of the model's and the adapter's weights."
     )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = _field(
+        None, "Spread the model's layers over all devices, the host and the disk in extraction; device stays auto."
+    )
+    quantization: Literal["4bit", "8bit"] | None = _field(
+        None, "Bits of the base model's linear layers in extraction, by bitsandbytes; not set: dtype."
+    )
+    checkpoint_activations: bool = _field(
+        False, "Keep the layers' inputs alone in extraction and compute the rest twice: less memory, more time."
+    )
     backend: Literal["auto", "triton", "cuda", "cpu", "reference"] = _field("auto", "What computes the projection.")
     packing: Literal["auto", "always", "never"] = _field(
         "auto", "Whether batches are computed without padding; auto: on CUDA, where attention has a kernel for it."

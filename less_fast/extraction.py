@@ -20,6 +20,7 @@ from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor, Output
 from less_fast.model.budget import auto_token_budget
 from less_fast.model.compiled import compiled
+from less_fast.model.devices import is_sharded
 from less_fast.model.load import check_vocabulary, fingerprint, load_tokenizer
 from less_fast.model.packed import Packing
 from less_fast.optim.adam import Precondition, precondition_facts
@@ -71,6 +72,7 @@ def extract_many(
     backend: str = "auto",
     packing: Packing = "auto",
     compile_model: bool = False,
+    checkpoint_activations: bool = False,
     shared: bool | None = None,
     shard_range: tuple[int, int] | None = None,
     progress: bool = True,
@@ -87,7 +89,7 @@ def extract_many(
     token_budget : tokens a batch may have, padding included. ``auto`` derives it from the device; an out-of-memory
         halves it.
     shard_size : examples a shard holds; the unit of work, resume and checksums. Lengths are sorted within it.
-    targets, backend, packing : as for :class:`~less_fast.FeatureExtractor`.
+    targets, backend, packing, checkpoint_activations : as for :class:`~less_fast.FeatureExtractor`.
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
     shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
         taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
@@ -112,7 +114,19 @@ def extract_many(
     if len({Path(out).resolve() for out in outputs}) < len(outputs):
         raise LessFastError("two outputs have the same folder; give each its own")
     encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
-    extractor = MultiFeatureExtractor(model, list(outputs.values()), targets=targets, backend=backend, packing=packing)
+    if is_sharded(model):
+        raise LessFastError(
+            "the model is sharded by FSDP2, whose ranks have to compute in step, and shards of a store are made one by "
+            "one; use FeatureExtractor with the same number of batches on every rank, or a model that fits each device"
+        )
+    extractor = MultiFeatureExtractor(
+        model,
+        list(outputs.values()),
+        targets=targets,
+        backend=backend,
+        packing=packing,
+        checkpoint_activations=checkpoint_activations,
+    )
     main = worker.rank == 0
     if main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
@@ -120,7 +134,9 @@ def extract_many(
         )
     budget = token_budget
     if token_budget == "auto":
-        budget = auto_token_budget(model, extractor.sites, extractor.device, max_length)
+        budget = auto_token_budget(
+            model, extractor.sites, extractor.device, max_length, checkpointed=checkpoint_activations
+        )
     if not isinstance(budget, int) or budget < 1:
         raise LessFastError(f"token_budget is {token_budget!r}; expected 'auto' or a positive number of tokens")
     facts = {

@@ -309,12 +309,19 @@ class _Run:
                 backend=self.config.backend,
                 packing=self.config.packing,
                 compile_model=self.config.compile_model,
+                checkpoint_activations=self.config.checkpoint_activations,
                 progress=self.progress,
             )
             self.made.append(f"features of checkpoint {checkpoint.step}, {path.name}")
 
     def _load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
-        options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.worker.device(self.config.device)}
+        config = self.config
+        options: dict[str, Any] = {
+            "dtype": config.dtype,
+            "device": self.worker.device(config.device) if config.device_map is None else config.device,
+            "device_map": config.device_map,
+            "quantization": config.quantization,
+        }
         if (checkpoint.path / "adapter_config.json").exists() or self.config.modules is None:
             return load_model(self.config.model, checkpoint.path, **options)
         return load_model(checkpoint.path, **options)

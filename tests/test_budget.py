@@ -10,6 +10,7 @@ from support.models import adapted, batch, causal_lm
 from torch import Tensor
 
 from less_fast.features import MultiFeatureExtractor, Output
+from less_fast.model import capture
 from less_fast.model.budget import auto_token_budget, bytes_per_token, captured_bytes, is_out_of_memory
 from less_fast.projection import Projection
 
@@ -26,7 +27,9 @@ def make(dtype: torch.dtype, *, same_dtype: bool) -> MultiFeatureExtractor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("same_dtype", [True, False], ids=["adapters-alike", "float32-adapters"])
-def test_what_a_token_keeps(dtype: torch.dtype, same_dtype: bool) -> None:
+def test_what_a_token_keeps(dtype: torch.dtype, same_dtype: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Captured inputs are saved beside the graph, to be counted apart.
+    monkeypatch.setattr(capture, "_saved", lambda value: SimpleNamespace(saved_tensors=(value.detach(),)))
     extract = make(dtype, same_dtype=same_dtype)
     weights = {p.untyped_storage().data_ptr() for p in extract.model.parameters()}
     saved: dict[int, Tensor] = {}
@@ -87,3 +90,11 @@ def test_the_budget_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_device_is_recognised_whoever_says_so(text: str) -> None:
     assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_a_token_of_checkpointed_layers_keeps_their_inputs_and_what_one_layer_has() -> None:
+    extract = make(torch.bfloat16, same_dtype=True)
+    arguments = extract.model, extract.sites
+    logits = 16 * VOCABULARY
+    kept, fewer = (bytes_per_token(*arguments, checkpointed) - logits for checkpointed in (False, True))
+    assert fewer == 6 * 2 * 128 + kept // 6

@@ -73,6 +73,20 @@ def _extract(
         str, typer.Option(help="Type of the model's and the adapter's weights.", metavar="float32|bfloat16|float16")
     ] = RunConfig.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunConfig.device,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread the model's layers over all devices, the host and the disk.",
+            metavar="auto|balanced|balanced_low_0|sequential",
+        ),
+    ] = RunConfig.device_map,
+    quantization: Annotated[
+        str | None, typer.Option(help="Bits of the base model's linear layers, by bitsandbytes.", metavar="4bit|8bit")
+    ] = RunConfig.quantization,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option("--checkpoint-activations", help="Keep the layers' inputs alone and compute the rest twice."),
+    ] = RunConfig.checkpoint_activations,
     backend: Annotated[
         str, typer.Option(help="What computes the projection.", metavar="auto|triton|cuda|cpu|reference")
     ] = RunConfig.backend,
@@ -121,7 +135,10 @@ def _extract(
 
         projections = [Projection(kind, size, seed, block, nnz) for size in dims]
         examples = load_examples(data, limit=limit)
-        loaded, tokenizer = load_model(model, adapter, dtype=dtype, device=worker.device(device))
+        place = worker.device(device) if device_map is None else device
+        loaded, tokenizer = load_model(
+            model, adapter, dtype=dtype, device=place, quantization=quantization, device_map=device_map
+        )
         state: dict[str, Any] = {name: name for name in preconditions}
         if "adam" in state:
             state["adam"] = AdamState.from_checkpoint(optimizer or adapter or model, loaded, rule)
@@ -144,6 +161,7 @@ def _extract(
             backend=backend,
             packing=cast("Packing", packing),
             compile_model=compile_model,
+            checkpoint_activations=checkpoint_activations,
             shared=shared,
             shard_range=(int(window[1]), int(window[2])) if window else None,
             progress=progress,

@@ -21,28 +21,33 @@ _SHARE = 0.6
 _LOGIT_BYTES = 16
 
 
-def auto_token_budget(model: nn.Module, sites: Sequence[Site], device: torch.device, max_length: int) -> int:
+def auto_token_budget(
+    model: nn.Module, sites: Sequence[Site], device: torch.device, max_length: int, *, checkpointed: bool = False
+) -> int:
     """Tokens per batch, padding included, the same for equal devices and models.
 
     CUDA: what a token keeps until the backward pass (:func:`bytes_per_token`) fills 0.6 of what weights and Adam's two
     tables leave of the device's total memory; 256 to 65,536, in steps of 1,024 where that many fit. ``sites``: the
-    captured modules.
+    captured modules. ``checkpointed``: whether layers keep their inputs alone.
     """
     if device.type != "cuda":
         return max(_CPU_TOKENS, max_length)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Layers on other devices, and weights that are fetched for each call, leave this one's memory alone.
+    here = [p for p in model.parameters() if not p.is_meta and p.get_device() in (-1, device.index or 0)]
+    weights = sum(p.numel() * p.element_size() for p in here)
     tables = sum(8 * site.module.get_parameter("weight").numel() for site in sites)
     free = torch.cuda.get_device_properties(device).total_memory - weights - tables
-    tokens = max(256, min(_MOST_TOKENS, int(_SHARE * free / bytes_per_token(model, sites))))
+    tokens = max(256, min(_MOST_TOKENS, int(_SHARE * free / bytes_per_token(model, sites, checkpointed))))
     return tokens if tokens < 1024 else tokens // 1024 * 1024
 
 
-def bytes_per_token(model: nn.Module, sites: Sequence[Site]) -> int:
+def bytes_per_token(model: nn.Module, sites: Sequence[Site], checkpointed: bool = False) -> int:
     """What the forward pass of a frozen decoder keeps for the backward pass, and its logits, a token (that is a label).
 
     A layer keeps, in the model's dtype, the queries, keys, values and outputs of its attention (4 widths at most), the
     gate, its activation and the other factor of its MLP (3 inner widths), and in float32 the input of two norms. The
-    captured modules' inputs come on top (:func:`captured_bytes`).
+    captured modules' inputs come on top (:func:`captured_bytes`). ``checkpointed``: all that is kept of one layer at a
+    time, and the input of each.
     """
     config: Any = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
@@ -51,7 +56,10 @@ def bytes_per_token(model: nn.Module, sites: Sequence[Site]) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     item = next(model.parameters()).element_size()
     a_layer = item * (4 * width + 3 * inner) + 2 * 4 * width
-    return layers * a_layer + captured_bytes(sites, item) + _LOGIT_BYTES * getattr(config, "vocab_size", 32000)
+    kept = layers * a_layer + captured_bytes(sites, item)
+    if checkpointed:
+        kept = layers * item * width + kept // layers
+    return kept + _LOGIT_BYTES * getattr(config, "vocab_size", 32000)
 
 
 def captured_bytes(sites: Sequence[Site], item: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +13,20 @@ from torch import Tensor, nn
 from less_fast.errors import LessFastError
 from less_fast.model.inputs import Inputs
 from less_fast.model.loss import example_losses, label_logits
+from less_fast.model.quantized import differentiable
 from less_fast.model.sites import Site
 
 # Receives (site, input (n, T, D_in), output gradient (n, T, D_out)); n is N, or 1 in a packed batch (T is then the
 # tokens of all examples) and for a module after the label gather.
 Receiver = Callable[[Site, Tensor, Tensor], None]
+
+
+@dataclass
+class Pass:
+    """A forward and a backward pass. ``called``: indices of the sites whose modules the forward pass has called."""
+
+    called: set[int] = field(default_factory=set)
+    backward: bool = False
 
 
 @contextmanager
@@ -25,19 +35,27 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
 
     Autograd then computes no batch-summed weight gradient; both states are put back as they were.
     """
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = list(model.modules())  # once: a walk through a large model takes milliseconds
+    training = [module for module in modules if module.training]
+    # By name: offloading and sharding put other tensors in a parameter's place when its module is called.
+    trainable = [
+        (module, name)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
     for module in training:
         module.training = False
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    for module, name in trainable:
+        module.get_parameter(name).requires_grad_(False)
     try:
-        yield
+        with differentiable(modules):
+            yield
     finally:
         for module in training:
             module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            module.get_parameter(name).requires_grad_(True)
 
 
 @contextmanager
@@ -59,23 +77,42 @@ def deterministic(device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory = filling
 
 
+class _Saved(torch.autograd.Function):
+    """Holds a tensor the way autograd holds what it saves, so that activation checkpointing can drop and remake it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+
+def _saved(value: Tensor) -> Any:
+    """A node of the graph whose ``saved_tensors`` are the value alone."""
+    return _Saved.apply(torch.empty(0, requires_grad=True), value.detach()).grad_fn
+
+
 @contextmanager
-def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[set[int]]:
+def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[Pass]:
     """Within the context each site's module calls ``receive`` in the backward pass of one forward pass.
 
-    Yields the set that the indices of called sites are added to. The first captured output of the network is made to
-    require a gradient, which is where backward will end: nothing below it is differentiated.
+    Yields the pass, to be told when its backward part begins: modules may then be called again, to compute anew what
+    was not kept. The first captured output of the network is made to require a gradient, which is where backward will
+    end: nothing below it is differentiated.
     """
-    called: set[int] = set()
+    current = Pass()
 
     def forward_hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def on_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if site.index in called:
+            if site.index in current.called and not current.backward:
                 raise LessFastError(
                     f"the module of {site.name} is called more than once in a forward pass; "
                     "shared modules are not supported"
                 )
-            called.add(site.index)
+            current.called.add(site.index)
             value: Tensor = args[0]
             if value.ndim != 3:
                 raise LessFastError(
@@ -84,15 +121,15 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[set[int]]:
             if not output.requires_grad:
                 output.requires_grad_(True)
             # The hook lives as long as the whole graph: what it holds is let go when its turn has come.
-            held = [value.detach()]
-            output.register_hook(lambda gradient: receive(site, held.pop(), gradient))
+            held = [_saved(value)]
+            output.register_hook(lambda gradient: receive(site, held.pop().saved_tensors[0], gradient))
 
         return on_forward
 
     with ExitStack() as stack:
         for site in sites:
             stack.callback(site.module.register_forward_hook(forward_hook(site)).remove)
-        yield called
+        yield current
 
 
 def run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, receive: Receiver) -> Tensor:
@@ -101,16 +138,17 @@ def run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, receive: Receiv
         torch.enable_grad(),
         deterministic(inputs.input_ids.device),
         frozen_eval(model),
-        hooked(sites, receive) as called,
+        hooked(sites, receive) as current,
     ):
         losses = example_losses(
             label_logits(model, inputs.input_ids, inputs.labels, inputs.position_ids), inputs.labels
         )
         for site in sites:
-            if site.index not in called:
+            if site.index not in current.called:
                 raise LessFastError(
                     f"the module of {site.name} was not called in the forward pass: its adapter is disabled or merged, "
                     "or its weight is used in another way; leave it out"
                 )
+        current.backward = True
         losses.sum().backward()
     return losses.detach()

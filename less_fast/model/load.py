@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from less_fast.errors import LessFastError
+from less_fast.model.devices import execution_device, fetched
+from less_fast.model.quantized import quantization_config
 from less_fast.model.sites import embedding_rows
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -43,7 +46,13 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_model(
-    model_path: str | Path, adapter_path: str | Path | None = None, *, dtype: str = "float32", device: str = "auto"
+    model_path: str | Path,
+    adapter_path: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    quantization: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal LM in eval mode and its tokenizer.
 
@@ -53,6 +62,9 @@ def load_model(
     adapter_path : a PEFT adapter to put on the model.
     dtype : float32, bfloat16 or float16, of the model's and the adapter's weights.
     device : auto, cpu, cuda or cuda:N.
+    quantization : ``4bit`` or ``8bit``: the base model's linear layers in that many bits, by bitsandbytes.
+    device_map : spreads the base model's layers over all devices, the host and the disk, by accelerate: ``auto``, or
+        module name -> device as transformers takes it. Then ``device`` has to be auto.
 
     Raises
     ------
@@ -61,7 +73,16 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise LessFastError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if device_map is not None and device != "auto":
+        raise LessFastError(f"device is {device!r} beside a device_map, which says where layers go; leave one out")
     place = pick_device(device)
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype]}
+    if quantization is not None:
+        # A quantised layer is made where it stays.
+        options["quantization_config"] = quantization_config(quantization, _DTYPES[dtype])
+        options["device_map"] = {"": str(place)}
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     if adapter_path is None and (Path(model_path) / "adapter_config.json").exists():
         adapter_path, model_path = model_path, _base_of(Path(model_path))
     _require_folder(model_path)
@@ -72,25 +93,47 @@ def load_model(
 
     try:
         with _quiet_loading():
-            model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=_DTYPES[dtype])
-    except (OSError, ValueError, SafetensorError) as error:
+            model: Any = AutoModelForCausalLM.from_pretrained(str(model_path), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LessFastError(f"{model_path}: no causal language model could be loaded ({_first_line(error)})") from error
     has_own_tokenizer = adapter_path is not None and (Path(adapter_path) / "tokenizer_config.json").exists()
     tokenizer_path = adapter_path if has_own_tokenizer and adapter_path is not None else model_path
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocabulary(model, tokenizer, str(tokenizer_path))
     if adapter_path is not None:
-        from peft import PeftModel
-
         try:
-            # PEFT's default is float32 whatever the model's dtype, which doubles what adapters' inputs take on a GPU.
-            model = PeftModel.from_pretrained(model, str(adapter_path), autocast_adapter_dtype=False)
+            model = _with_adapter(model, adapter_path, _DTYPES[dtype])
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise LessFastError(
                 f"{adapter_path}: the adapter does not fit {model_path} ({_first_line(error)})"
             ) from error
     model.eval()
-    return model.to(place), tokenizer
+    return model if "device_map" in options else model.to(place), tokenizer
+
+
+def _with_adapter(model: Any, adapter_path: str | Path, dtype: torch.dtype) -> nn.Module:
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    # Where it is there, PEFT spreads an offloaded model anew, and its own way. The adapter is small: it stays whole on
+    # the devices that compute.
+    spread = vars(model).pop("hf_device_map", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*to a meta parameter", category=UserWarning)
+        # PEFT's default is float32 whatever the model's dtype, which doubles what adapters' inputs take on a GPU.
+        adapted = PeftModel.from_pretrained(model, str(adapter_path), autocast_adapter_dtype=False)
+    if spread is None:
+        return adapted
+    model.hf_device_map = spread
+    for layer in adapted.modules():
+        base: Any = getattr(layer, "base_layer", None)
+        place = None if base is None else execution_device(base)
+        for name, child in layer.named_children():
+            if name.startswith("lora_"):
+                child.to(dtype=dtype)
+                if place is not None:  # the weight's own device may be none
+                    child.to_empty(device=place)
+    set_peft_model_state_dict(adapted, load_peft_weights(str(adapter_path), device="cpu"))
+    return adapted
 
 
 @contextmanager
@@ -136,7 +179,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if not isinstance(parameter, torch.Tensor):
             continue
         is_adapter = "lora_" in name
-        flat = parameter.detach().reshape(-1)
+        flat = (fetched(model, name) if parameter.is_meta else parameter.detach()).reshape(-1)
         if not is_adapter and flat.numel() > 64:
             flat = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
         target = adapter if is_adapter else base

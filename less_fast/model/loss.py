@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
+from less_fast.model.devices import main_device
 from less_fast.transfer import to_device
 
 IGNORED = -100
@@ -84,12 +85,11 @@ def right_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_causal(model: nn.Module) -> None:
     """Raise LessFastError where a later token changes an earlier token's logits: padding would then be seen too."""
-    embedding = next(model.parameters())
-    probe = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=embedding.device)
+    probe = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=main_device(model))
     with torch.no_grad():
         first, second = model(input_ids=probe, use_cache=False).logits[:, 0].float()
     # Both rows go through the same operations, so a causal model's differ by rounding at most.
-    rounding = 1e-5 if embedding.dtype in (torch.float32, torch.float64) else 0.03
+    rounding = 1e-5 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.03
     if float((first - second).abs().max()) > rounding * float(first.abs().max()):
         raise LessFastError(
             f"the model ({type(model).__name__}) lets a token see later ones, so it is not causal; "
@@ -132,7 +132,7 @@ def logits_at(model: nn.Module, shape: torch.Size, labels: LabelPositions) -> It
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not args or args[0].shape[:2] != shape:
             return None  # a head that is fed in another way computes all logits
-        return (args[0].flatten(0, 1)[labels.token].unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1)[labels.token.to(args[0].device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -148,7 +148,7 @@ def label_logits(
     positions = {} if position_ids is None else {"position_ids": position_ids}
     with logits_at(model, input_ids.shape, labels):
         output = model(input_ids=input_ids, use_cache=False, **positions)
-    logits: Tensor = output.logits
+    logits: Tensor = output.logits.to(input_ids.device)
     n, length = input_ids.shape
     if logits.shape[:2] == (1, labels.target.numel()):
         return logits[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from less_fast.errors import LessFastError
 from less_fast.model.capture import frozen_eval
+from less_fast.model.devices import main_device
 from less_fast.model.sites import embedding_rows
 from less_fast.model.varlen import attend_each, refuses, varlen_kernel
 from less_fast.segments import Segments
@@ -150,7 +151,8 @@ def _attend(
     attention.kernels.add(kernel.name)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     longest = max(attention.segments.lengths)
-    return kernel.attend(q, k, v, attention.boundaries, longest, sliding_window, scale)[None], None
+    boundaries = attention.boundaries.to(query.device)
+    return kernel.attend(q, k, v, boundaries, longest, sliding_window, scale)[None], None
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -170,14 +172,15 @@ def _probe(model: nn.Module) -> Attention | str:
         return f"the model has layers of type {', '.join(unknown)}"
     first, total = _PROBE[0], sum(_PROBE)
     parameter = next(model.parameters())
-    ids = torch.arange(1, total + 1, device=parameter.device)[None] % (embedding_rows(model) or total + 1)
-    positions = torch.cat([torch.arange(length) for length in _PROBE])[None].to(parameter.device)
+    place = main_device(model)
+    ids = torch.arange(1, total + 1, device=place)[None] % (embedding_rows(model) or total + 1)
+    positions = torch.cat([torch.arange(length) for length in _PROBE])[None].to(place)
     with frozen_eval(model), torch.no_grad():
         alone = model(input_ids=ids[:, first:], use_cache=False).logits
         try:
-            with attending(model, Segments.packed(_PROBE, parameter.device)) as seen:
+            with attending(model, Segments.packed(_PROBE, place)) as seen:
                 packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, first:]
-            with attending(model, Segments.packed(_PROBE, parameter.device)):
+            with attending(model, Segments.packed(_PROBE, place)):
                 other = torch.cat([ids[:, :first].flip(1), ids[:, first:]], 1)
                 beside_others = model(input_ids=other, position_ids=positions, use_cache=False).logits[:, first:]
         except LessFastError as error:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from less_fast.errors import LessFastError
 from less_fast.layout import ParameterLayout
+from less_fast.model.quantized import refuse_outliers
 
 # Parameters that PEFT's LoRA family adds and whose per-example gradients are not outer products of a Linear.
 _UNSUPPORTED = {
@@ -92,7 +93,8 @@ def find_sites(model: nn.Module, targets: str | None = None) -> tuple[list[Site]
 
 
 def _refuse_model(model: nn.Module) -> None:
-    """Raise LessFastError for encoder-decoders and for adapters that train what is not captured."""
+    """Raise LessFastError for encoder-decoders, adapters that train what is not captured, examples that mix."""
+    refuse_outliers(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise LessFastError(

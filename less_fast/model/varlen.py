@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,9 @@ from less_fast.segments import Segments
 _MAX_HEAD_DIM = 256
 _HEAD_STEP = 8
 _CAPABILITY = (8, 0)
+
+# Whether the layer that attends keeps nothing for the backward pass (checkpointed.py).
+in_checkpoint: ContextVar[bool] = ContextVar("less_fast_in_checkpoint", default=False)
 
 
 @dataclass(frozen=True)
@@ -146,16 +150,18 @@ class _Deterministic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with torch.enable_grad():
-            operands = [x.detach().requires_grad_(x.requires_grad) for x in (query, key, value)]
-            out = attend(*operands)
-        ctx.graph = operands, out
-        return out.detach()
+        ctx.attend, ctx.graph = attend, None
+        if in_checkpoint.get():
+            ctx.save_for_backward(query, key, value)
+            return attend(query, key, value)
+        ctx.graph = _graph(attend, (query, key, value), ctx.needs_input_grad[1:])
+        out: Tensor = ctx.graph[1].detach()
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        operands, out = ctx.graph
-        del ctx.graph  # so that what the kernel saved is let go layer by layer
+        operands, out = ctx.graph or _graph(ctx.attend, ctx.saved_tensors, ctx.needs_input_grad[1:])
+        ctx.graph = None  # so that what the kernel saved is let go layer by layer
         wanted = [x for x in operands if x.requires_grad]
         try:
             with strictly_deterministic():
@@ -165,6 +171,14 @@ class _Deterministic(torch.autograd.Function):
                 raise
             found = iter(torch.autograd.grad(out, wanted, gradients))
         return None, *(next(found) if x.requires_grad else None for x in operands)
+
+
+def _graph(
+    attend: Callable[..., Tensor], operands: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[list[Tensor], Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(needed) for x, needed in zip(operands, wanted)]
+        return leaves, attend(*leaves)
 
 
 @contextmanager
