@@ -286,9 +286,18 @@ def draw(folder: Path, out: Path | None = None) -> list[Path]:
             matplotlib.rcParams.update(style)
             figure = make(folder)
             if figure is not None:
+                settle(figure)
                 written.append((out or folder) / f"{name}.svg")
                 figure.savefig(written[-1], metadata={"Date": None, "Creator": f"Matplotlib v{matplotlib.__version__}"})
     return written
+
+
+def settle(figure: Any) -> None:
+    """Fix the axes where the layout puts them, rounded: the last bits of its solver are not the same each time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(value, 6) for value in axes.get_position().bounds])
 
 
 def drawn_by(file: Path) -> str | None:
