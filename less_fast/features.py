@@ -209,7 +209,7 @@ class MultiFeatureExtractor:
     def _run(self, inputs: Inputs, receive: Receiver) -> Tensor:
         own = self.batches.own_attention
         with attending(self.model, inputs.tokens) if own else nullcontext(), checkpointed(self._recomputed):
-            return run(self.model, self.sites, inputs, receive)
+            return run(self.model, self.sites, inputs, receive, remade=bool(self._recomputed))
 
     def _idle(self) -> None:
         """A pass that yields nothing: the other ranks of a sharded model wait for this one's part of their weights."""

@@ -96,7 +96,7 @@ def _saved(value: Tensor) -> Any:
 
 
 @contextmanager
-def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[Pass]:
+def hooked(sites: Sequence[Site], receive: Receiver, remade: bool) -> Iterator[Pass]:
     """Within the context each site's module calls ``receive`` in the backward pass of one forward pass.
 
     Yields the pass, to be told when its backward part begins: modules may then be called again, to compute anew what
@@ -121,8 +121,13 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[Pass]:
             if not output.requires_grad:
                 output.requires_grad_(True)
             # The hook lives as long as the whole graph: what it holds is let go when its turn has come.
-            held = [_saved(value)]
-            output.register_hook(lambda gradient: receive(site, held.pop().saved_tensors[0], gradient))
+            held: list[Any] = [_saved(value) if remade else value.detach()]
+
+            def on_gradient(gradient: Tensor) -> None:
+                kept = held.pop()
+                receive(site, kept.saved_tensors[0] if remade else kept, gradient)
+
+            output.register_hook(on_gradient)
 
         return on_forward
 
@@ -132,13 +137,16 @@ def hooked(sites: Sequence[Site], receive: Receiver) -> Iterator[Pass]:
         yield current
 
 
-def run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, receive: Receiver) -> Tensor:
-    """One forward and backward pass of the sum of the examples' losses; returns the losses, float32 (N,)."""
+def run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, receive: Receiver, *, remade: bool = False) -> Tensor:
+    """One forward and backward pass of the sum of the examples' losses; returns the losses, float32 (N,).
+
+    ``remade``: activation checkpointing drops what layers keep and computes it anew, the captured inputs too.
+    """
     with (
         torch.enable_grad(),
         deterministic(inputs.input_ids.device),
         frozen_eval(model),
-        hooked(sites, receive) as current,
+        hooked(sites, receive, remade) as current,
     ):
         losses = example_losses(
             label_logits(model, inputs.input_ids, inputs.labels, inputs.position_ids), inputs.labels

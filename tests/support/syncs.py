@@ -68,10 +68,10 @@ class Syncs:
                 inner.setattr(module, "to_device", self.send)
         run = less_fast.features.run
 
-        def running(*args: Any) -> Tensor:
+        def running(*args: Any, **options: Any) -> Tensor:
             self.running = True
             try:
-                return run(*args)
+                return run(*args, **options)
             finally:
                 self.running = False
 
