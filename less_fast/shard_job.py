@@ -6,8 +6,10 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from less_fast.model.budget import is_out_of_memory
 from less_fast.progress import progress_bar
 from less_fast.store import Status, StoreWriter
 from less_fast.store.background import BackgroundWriter
+from less_fast.store.manifest import ShardEntry
 from less_fast.store.sharing import Claim, claim_shards, missing_shards
 from less_fast.transfer import Fetch
 
@@ -33,6 +36,18 @@ logger = logging.getLogger("less_fast")
 _IN_FLIGHT = 2
 # How often a process that has nothing left to do looks whether another has finished or died.
 _POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class MadeShard:
+    """What is written of a shard: for every output features float32 (n, K), and what its rows have in common.
+
+    ``columns``: status uint8 (n,), tokens int32 (n,), labels int32 (n,).
+    """
+
+    features: list[np.ndarray]
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray]
+    facts: dict[str, int]
 
 
 class ShardJob:
@@ -71,47 +86,67 @@ class ShardJob:
 
         total = self.n_examples if shards is None else sum(len(rows(shard)) for shard in shards)
         done = total - sum(len(rows(shard)) for shard in missing)
-        with (
-            progress_bar(total, unit="ex", desc="features", show=progress, initial=done) as bar,
-            BackgroundWriter() as background,
-            ThreadPoolExecutor(1, "less_fast-tokenizer") as tokenizing,
-            ThreadPoolExecutor(1, "less_fast-collator") as collating,
-        ):
+
+        def write(claim: Claim, shard: MadeShard) -> None:
+            for writer, features in claim.pairs(writers, shard.features):
+                writer.write(claim.shard, features, *shard.columns, facts=shard.facts)
+
+        with progress_bar(total, unit="ex", desc="features", show=progress, initial=done) as bar:
             meter = _TokenMeter(bar)
             while missing:
                 n_made, turn = len(made), int(start * len(missing))
-                claims = claim_shards(writers, missing[turn:] + missing[:turn])
-                windows = ((claim, rows(claim.shard)) for claim in claims)
-                for claim, encoded in ahead(tokenizing, self._encoded, windows):
-                    made.add(claim.shard)
-                    if progress:
-                        meter.see_others(elsewhere(missing_shards(writers, shards)))
-                    arrays, status, facts = self._features(encoded, collating, meter)
-                    columns = (
-                        status,
-                        np.array([len(e.input_ids) for e in encoded], np.int32),
-                        np.array([e.n_labels for e in encoded], np.int32),
-                    )
-                    writes = [
-                        partial(writer.write, claim.shard, features, *columns, facts=facts)
-                        for writer, features in zip(writers, arrays)
-                        if writer in claim.writers
-                    ]
-                    background.submit(partial(_call_all, writes))
-                background.wait()
+                with closing(self._make(writers, missing[turn:] + missing[:turn], write, meter)) as claims:
+                    for claim in claims:
+                        made.add(claim.shard)
+                        if progress:
+                            meter.see_others(elsewhere(missing_shards(writers, shards)))
                 missing = missing_shards(writers, shards)
                 meter.see_others(elsewhere(missing))
                 if missing and len(made) == n_made:  # all that is missing is in the making elsewhere
                     time.sleep(_POLL_SECONDS)
 
-    def _encoded(self, window: tuple[Claim, range]) -> tuple[Claim, list[Encoded]]:
-        claim, rows = window
-        return claim, self.encode(rows)
+    def put(self, writers: Sequence[StoreWriter], shards: Sequence[int]) -> list[dict[int, ShardEntry]]:
+        """Make those of ``shards`` that are neither there nor claimed; for each writer their entries, to be enlisted.
 
-    def _features(
-        self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter
-    ) -> tuple[list[np.ndarray], np.ndarray, dict[str, int]]:
-        """Features of every output, a status per row, and the shard's facts; batches are halved till they fit.
+        The manifests are neither read nor written.
+        """
+        entries: list[dict[int, ShardEntry]] = [{} for _ in writers]
+
+        def put(claim: Claim, shard: MadeShard) -> None:
+            for writer, features in claim.pairs(writers, shard.features):
+                entry = writer.put(claim.shard, features, *shard.columns, facts=shard.facts)
+                if entry is not None:
+                    entries[writers.index(writer)][claim.shard] = entry
+
+        with (
+            progress_bar(0, unit="ex", desc="features", show=False) as bar,
+            closing(self._make(writers, shards, put, _TokenMeter(bar))) as claims,
+        ):
+            deque(claims, maxlen=0)
+        return entries
+
+    def _make(
+        self,
+        writers: Sequence[StoreWriter],
+        shards: Iterable[int],
+        write: Callable[[Claim, MadeShard], None],
+        meter: _TokenMeter,
+    ) -> Generator[Claim, None, None]:
+        """Claim and make one shard after the other, each yielded when it is begun; all are written at the end."""
+        with (
+            BackgroundWriter() as background,
+            ThreadPoolExecutor(1, "less_fast-tokenizer") as tokenizing,
+            ThreadPoolExecutor(1, "less_fast-collator") as collating,
+        ):
+            for claim, encoded in ahead(tokenizing, self._encoded, claim_shards(writers, shards)):
+                yield claim
+                background.submit(partial(write, claim, self._features(encoded, collating, meter)))
+
+    def _encoded(self, claim: Claim) -> tuple[Claim, list[Encoded]]:
+        return claim, self.encode(range(*claim.writers[0].bounds(claim.shard)))
+
+    def _features(self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter) -> MadeShard:
+        """The shard of these examples; batches are halved till they fit.
 
         Every shard begins with the whole budget, so that its bits do not depend on which were made before it, or by
         whom. What is remembered of those only saves the attempts that would fail.
@@ -131,8 +166,10 @@ class ShardJob:
                 done_before = meter.examples
                 try:
                     features, status = self._attempt(encoded, batches, collating, meter)
+                    n_tokens = np.array([len(e.input_ids) for e in encoded], np.int32)
+                    n_labels = np.array([e.n_labels for e in encoded], np.int32)
                     facts = {"token_budget": budget, "truncated": sum(e.truncated for e in encoded)}
-                    return features, status, facts
+                    return MadeShard(features, (status, n_tokens, n_labels), facts)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -190,11 +227,6 @@ class ShardJob:
         for array in features:
             array[status != Status.OK] = 0.0
         return features, status
-
-
-def _call_all(calls: Sequence[Callable[[], object]]) -> None:
-    for call in calls:
-        call()
 
 
 def _size(batch: Sequence[int], lengths: Sequence[int]) -> tuple[int, int, int]:

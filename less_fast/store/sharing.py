@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from less_fast.store.writer import StoreWriter
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,12 @@ class Claim:
 
     shard: int
     writers: list[StoreWriter]
+
+    def pairs(
+        self, all_writers: Sequence[StoreWriter], values: Sequence[_Value]
+    ) -> Iterator[tuple[StoreWriter, _Value]]:
+        """Its writers, each with its own of the ``values``, of which there is one for each of all writers."""
+        return ((writer, value) for writer, value in zip(writers, values) if writer in self.writers)
 
 
 def missing_shards(writers: Sequence[StoreWriter], shards: range | None = None) -> list[int]:

@@ -255,6 +255,46 @@ class StoreWriter:
         ``n_labels`` int32 (n,). Rows that are not OK are stored as zeros; OK rows that are not finite become
         NON_FINITE. ``facts``: JSON values about this shard alone. Raises LessFastError if the disk is full.
         """
+        self.write_encoded(shard, self._encode(shard, features, status, n_tokens, n_labels), facts)
+
+    def put(
+        self,
+        shard: int,
+        features: ArrayLike,
+        status: ArrayLike,
+        n_tokens: ArrayLike,
+        n_labels: ArrayLike,
+        facts: Mapping[str, Any] | None = None,
+    ) -> ShardEntry | None:
+        """As :meth:`write`, for a process that leaves the manifest to another, which is to :meth:`enlist` the entry.
+
+        None where another process has put the shard there in the meantime.
+        """
+        try:
+            return self._put(shard, self._encode(shard, features, status, n_tokens, n_labels), facts)
+        finally:
+            self.give_up(shard)
+
+    def write_encoded(self, shard: int, tensors: Mapping[str, Array], facts: Mapping[str, Any] | None = None) -> None:
+        """As :meth:`write`, for the tensors of :func:`~less_fast.store.shard.shard_tensors` as the file holds them."""
+        try:
+            entry = self._put(shard, tensors, facts)
+            if entry is not None:
+                self.enlist({shard: entry})
+        finally:
+            self.give_up(shard)
+
+    def enlist(self, entries: Mapping[int, ShardEntry]) -> None:
+        """Add shards that were :meth:`put` there, by this process or another, to the manifest's table."""
+        try:
+            with self._turn():
+                self._list(self._found(), entries)
+        except OSError as error:
+            raise failed_write(self.path / manifests.FILE_NAME, error, self._finished()) from error
+
+    def _encode(
+        self, shard: int, features: ArrayLike, status: ArrayLike, n_tokens: ArrayLike, n_labels: ArrayLike
+    ) -> dict[str, Array]:
         start, stop = self._pending_bounds(shard)
         arrays: dict[str, Array] = {
             "features": np.asarray(features, np.float32),
@@ -268,12 +308,10 @@ class StoreWriter:
                 raise LessFastError(f"{name} of shard {shard} have shape {array.shape}; expected {shape}")
         if (arrays["status"] > Status.NON_FINITE).any():
             raise LessFastError(f"status of shard {shard} holds {arrays['status'].max()}; expected 0, 1 or 2")
-        self.write_encoded(
-            shard, {**arrays, **encode_shard(self._manifest.codec, arrays["features"], arrays["status"])}, facts
-        )
+        return {**arrays, **encode_shard(self._manifest.codec, arrays["features"], arrays["status"])}
 
-    def write_encoded(self, shard: int, tensors: Mapping[str, Array], facts: Mapping[str, Any] | None = None) -> None:
-        """As :meth:`write`, for the tensors of :func:`~less_fast.store.shard.shard_tensors` as the file holds them."""
+    def _put(self, shard: int, tensors: Mapping[str, Array], facts: Mapping[str, Any] | None) -> ShardEntry | None:
+        """Write the file of a pending shard; None where claims are in vain and another process has been faster."""
         start, stop = self._pending_bounds(shard)
         plain_facts = json.loads(json.dumps(dict(facts or {}), allow_nan=False))
         metadata = {"start": str(start), "stop": str(stop), "facts": json.dumps(plain_facts, sort_keys=True)}
@@ -282,17 +320,18 @@ class StoreWriter:
             if tensors[name].shape != spec.shape:
                 raise LessFastError(f"{name} of shard {shard} have shape {tensors[name].shape}; expected {spec.shape}")
         path = self.path / shard_file(shard)
+        if self._claims is not None and path.exists():
+            return None
         try:
-            if self._claims is None or not path.exists():  # where claims are in vain, another may have been faster
-                sha256, size = write_shard(path, tensors, specs, metadata)
-                entry = ShardEntry(shard_file(shard), start, stop, sha256, size, plain_facts)
-                with self._turn():
-                    self._list(self._found(), {shard: entry})
+            sha256, size = write_shard(path, tensors, specs, metadata)
         except OSError as error:
-            done = f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished"
-            raise failed_write(path, error, f"{done} and stay") from error
-        finally:
-            self.give_up(shard)
+            raise failed_write(path, error, self._finished()) from error
+        return ShardEntry(shard_file(shard), start, stop, sha256, size, plain_facts)
+
+    def _finished(self) -> str:
+        return (
+            f"{self._manifest.n_shards - len(self.pending())} of {self._manifest.n_shards} shards are finished and stay"
+        )
 
     def _found(self) -> Manifest:
         """The manifest as it is now, which others may have added to."""
