@@ -18,10 +18,8 @@ class Claim:
     shard: int
     writers: list[StoreWriter]
 
-    def pairs(
-        self, all_writers: Sequence[StoreWriter], values: Sequence[_Value]
-    ) -> Iterator[tuple[StoreWriter, _Value]]:
-        """Its writers, each with its own of the ``values``, of which there is one for each of all writers."""
+    def pairs(self, writers: Sequence[StoreWriter], values: Sequence[_Value]) -> Iterator[tuple[StoreWriter, _Value]]:
+        """Of all ``writers``, each with its value, those that the shard is to be made for."""
         return ((writer, value) for writer, value in zip(writers, values) if writer in self.writers)
 
 
