@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import random
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from less_fast.model.devices import is_sharded
 from less_fast.model.load import check_vocabulary, fingerprint, load_tokenizer
 from less_fast.model.packed import Packing
 from less_fast.optim.adam import Precondition, precondition_facts
+from less_fast.paths import PathOrUrl, RemotePath, to_path
 from less_fast.projection import Projection
 from less_fast.shard_job import ShardJob
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
@@ -34,8 +35,8 @@ logger = logging.getLogger("less_fast")
 
 def extract(
     model: nn.Module,
-    dataset: Examples | str | Path | Any,
-    out: str | Path,
+    dataset: Examples | PathOrUrl | Any,
+    out: PathOrUrl,
     *,
     projection: Projection | None = None,
     precondition: Precondition = "sgd",
@@ -47,8 +48,8 @@ def extract(
     ----------
     model : as for :class:`~less_fast.FeatureExtractor`.
     dataset : anything :func:`~less_fast.data.load_examples` takes.
-    out : the store's folder. Where it holds a part of the same job, that part is kept and the rest is made; the result
-        is the same bit for bit. Where it holds anything else, LessFastError says what differs.
+    out : the store's folder, or its URL (``s3://…``). Where it holds a part of the same job, that part is kept and the
+        rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
     projection : default ``Projection("srht", 8192)``.
     precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
     settings : the keyword arguments of :func:`extract_many`.
@@ -59,8 +60,8 @@ def extract(
 
 def extract_many(
     model: nn.Module,
-    dataset: Examples | str | Path | Any,
-    outputs: Mapping[str | Path, Output],
+    dataset: Examples | PathOrUrl | Any,
+    outputs: Mapping[PathOrUrl, Output],
     *,
     tokenizer: Any = None,
     template: str = "tulu",
@@ -76,7 +77,7 @@ def extract_many(
     shared: bool | None = None,
     shard_range: tuple[int, int] | None = None,
     progress: bool = True,
-) -> dict[str | Path, FeatureStore]:
+) -> dict[PathOrUrl, FeatureStore]:
     """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
 
     Parameters
@@ -111,7 +112,7 @@ def extract_many(
         raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
     check_vocabulary(model, tokenizer, path or type(model).__name__)
-    if len({Path(out).resolve() for out in outputs}) < len(outputs):
+    if len({to_path(out).resolve() for out in outputs}) < len(outputs):
         raise LessFastError("two outputs have the same folder; give each its own")
     encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
     if is_sharded(model):
@@ -185,8 +186,10 @@ def extract_many(
         ]
         if compile_model:
             stack.enter_context(compiled(model, extractor.sites))
+        # Nobody can claim the shards of a remote store: those that make one begin at different places.
+        remote = any(isinstance(writer.path, RemotePath) for writer in writers)
         ShardJob(extractor, len(examples), encode, budget).run(
-            writers, progress and main, shards=shards, start=worker.start
+            writers, progress and main, shards=shards, start=random.random() if remote else worker.start
         )
         stores = {path: writer.close(allow_partial=shards is not None) for path, writer in zip(outputs, writers)}
     if main:

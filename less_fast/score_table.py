@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 
 from less_fast.data import Examples
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, PathOrUrl, RemotePath, to_path
+from less_fast.store.files import open_regular
 
 _SUBTASK = "score:"
 
@@ -24,7 +25,7 @@ class ScoreTable:
     ``subtasks``: the same for each subtask, where they were read.
     """
 
-    path: Path
+    path: AnyPath
     ids: list[str]
     scores: NDArray[np.float32]
     subtasks: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -46,28 +47,29 @@ class ScoreTable:
                 )
 
 
-def read_scores(path: str | PathLike[str], *, with_subtasks: bool = False) -> ScoreTable:
+def read_scores(path: PathOrUrl, *, with_subtasks: bool = False) -> ScoreTable:
     """Read a ``.parquet`` or ``.csv`` file of scores; raises LessFastError where it is none or cannot be read."""
     import pyarrow as pa
     import pyarrow.csv as csv
     import pyarrow.parquet as pq
 
-    path = Path(path)
+    path = to_path(path)
     if path.suffix not in (".csv", ".parquet"):
         raise LessFastError(f"{path}: expected a table of scores whose name ends in .csv or .parquet")
     is_csv = path.suffix == ".csv"
     types = {"id": pa.string(), "score": pa.float32()}
     lines = csv.ParseOptions(newlines_in_values=True)  # ids are any text
     try:
+        source: Any = io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
         if with_subtasks:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 names = (csv.open_csv(file, parse_options=lines).schema if is_csv else pq.read_schema(file)).names
             types |= {name: pa.float32() for name in names if name.startswith(_SUBTASK)}
         if is_csv:
             convert = csv.ConvertOptions(column_types=types, include_columns=[*types])
-            table = csv.read_csv(path, parse_options=lines, convert_options=convert)
+            table = csv.read_csv(source, parse_options=lines, convert_options=convert)
         else:
-            table = pq.read_table(path, columns=[*types])
+            table = pq.read_table(source, columns=[*types])
         columns = {name: _filled(table[name]) for name in types if name != "id"}
         ids = table["id"].to_pylist()
     except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from less_fast.cli.output import only_results_on_stdout, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
+from less_fast.paths import PathOrUrl, to_path
 from less_fast.workers import Worker
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ def register(app: typer.Typer) -> None:
 
 def _extract(
     model: Annotated[str, typer.Argument(help="Folder (or hub name) of the model, or of an adapter.")],
-    data: Annotated[list[str], typer.Argument(help="Files of examples.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the store; of all stores, where several are asked for.")],
+    data: Annotated[list[str], typer.Argument(help="Files (or URLs) of examples.")],
+    out: Annotated[
+        str, typer.Argument(help="Folder (or URL) of the store; of all stores, where several are asked for.")
+    ],
     adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter to put on the model.")] = None,
     optimizer: Annotated[
         str | None,
@@ -135,16 +137,17 @@ def _extract(
 
         projections = [Projection(kind, size, seed, block, nnz) for size in dims]
         examples = load_examples(data, limit=limit)
-        place = worker.device(device) if device_map is None else device
+        own_device = worker.device(device) if device_map is None else device
         loaded, tokenizer = load_model(
-            model, adapter, dtype=dtype, device=place, quantization=quantization, device_map=device_map
+            model, adapter, dtype=dtype, device=own_device, quantization=quantization, device_map=device_map
         )
         state: dict[str, Any] = {name: name for name in preconditions}
         if "adam" in state:
             state["adam"] = AdamState.from_checkpoint(optimizer or adapter or model, loaded, rule)
         pairs = [(name, projection) for name in preconditions for projection in projections]
-        outputs: dict[str | Path, Output] = {
-            (out if len(pairs) == 1 else out / f"{name}-dim{projection.dim}"): Output(projection, state[name])
+        place = to_path(out)
+        outputs: dict[PathOrUrl, Output] = {
+            (place if len(pairs) == 1 else place / f"{name}-dim{projection.dim}"): Output(projection, state[name])
             for name, projection in pairs
         }
         stores = extract_many(
@@ -171,8 +174,8 @@ def _extract(
 
 
 def _convert(
-    store: Annotated[Path, typer.Argument(help="Folder of the store to convert; it stays as it is.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new store.")],
+    store: Annotated[str, typer.Argument(help="Folder (or URL) of the store to convert; it stays as it is.")],
+    out: Annotated[str, typer.Argument(help="Folder of the new store.")],
     dtype: Annotated[str, typer.Option(help="Type that features are stored in.", metavar=_STORE_DTYPES)],
     shard_size: Annotated[
         int | None, typer.Option(help="Examples per shard.", show_default="that of the store")
@@ -191,7 +194,7 @@ def _convert(
 
 
 def _info(
-    store: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    store: Annotated[str, typer.Argument(help="Folder (or URL) of a store.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

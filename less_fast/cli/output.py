@@ -9,10 +9,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, PathOrUrl, is_same_file, lies_in, to_path
 from less_fast.workers import Worker
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -63,14 +63,14 @@ def n_bytes_of(memory: str) -> int:
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
-def require_other_file(out: Path | None, option: str, inputs: Iterable[str | Path]) -> None:
+def require_other_file(out: AnyPath | None, option: str, inputs: Iterable[PathOrUrl]) -> None:
     """Raise LessFastError where an output would replace an input, or lies in the folder of one."""
-    for source in map(Path, inputs):
+    for source in map(to_path, inputs):
         if out is None:
             return
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        if lies_in(out, source):
             raise LessFastError(f"{option} {out} lies in {source}, which is read; choose another place")
-        if out.exists() and source.exists() and out.samefile(source):
+        if is_same_file(out, source):
             raise LessFastError(f"{option} {out} is a file that is read; choose another name")
 
 

@@ -11,12 +11,13 @@ import typer
 from less_fast.cli.output import n_bytes_of, numbers, only_results_on_stdout, require_other_file, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, to_path
 
 _SUFFIXES = (".parquet", ".csv")
 
 
 def score(
-    train: Annotated[list[Path], typer.Option(help="Store of the pool, one per checkpoint. Repeatable.")],
+    train: Annotated[list[str], typer.Option(help="Store of the pool, one per checkpoint. Repeatable.")],
     target: Annotated[
         list[str],
         typer.Option(
@@ -25,7 +26,7 @@ def score(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Where the scores go: a .parquet or .csv file; with named targets, a folder of them.")
+        str, typer.Option(help="Where the scores go: a .parquet or .csv file; with named targets, a folder of them.")
     ],
     weights: Annotated[
         str | None, typer.Option(help="Weights of the checkpoints, such as 0.6,0.4.", show_default="all the same")
@@ -37,7 +38,7 @@ def score(
         str, typer.Option(help="How the scores of subtasks become one.", metavar="max|mean")
     ] = RunConfig.aggregate,
     matrix: Annotated[
-        Path | None, typer.Option(help="Where the scores of all subtasks go as well, a .npy file.", show_default=False)
+        str | None, typer.Option(help="Where the scores of all subtasks go as well, a .npy file.", show_default=False)
     ] = None,
     queries: Annotated[
         str,
@@ -56,10 +57,10 @@ def score(
     if weights and weights_from:
         raise LessFastError("--weights and --weights-from were both given; expected one of them")
     targets = _targets(target)
-    files = _files(out, targets)
-    read: list[str | Path] = [*train, *(path for paths in targets.values() for path in paths)]
+    files = _files(to_path(out), targets)
+    read: list[str] = [*train, *(path for paths in targets.values() for path in paths)]
     for option, file in (("--out", out), ("--matrix", matrix)):
-        require_other_file(file, option, read)
+        require_other_file(None if file is None else to_path(file), option, read)
     n_bytes = n_bytes_of(memory)
     with only_results_on_stdout():
         from less_fast.checkpoints import discover_checkpoints
@@ -95,7 +96,7 @@ def _targets(values: list[str]) -> dict[str, list[str]]:
     targets: dict[str, list[str]] = {}
     for value in values:
         name, mark, path = value.partition("=")
-        if not mark or Path(value).exists():
+        if not mark or "://" in name or Path(value).exists():
             name, path = "", value
         elif not path:
             raise LessFastError(f"--target {value} names no store; expected NAME=STORE")
@@ -107,7 +108,7 @@ def _targets(values: list[str]) -> dict[str, list[str]]:
     return targets
 
 
-def _files(out: Path, targets: dict[str, list[str]]) -> dict[str, Path]:
+def _files(out: AnyPath, targets: dict[str, list[str]]) -> dict[str, AnyPath]:
     if _is_named(targets):
         if out.suffix in _SUFFIXES:
             raise LessFastError(f"{out} is one file, but there are named targets; expected --out FOLDER")

@@ -10,6 +10,7 @@ import typer
 
 from less_fast.cli.output import n_bytes_of, only_results_on_stdout, require_other_file, show
 from less_fast.errors import LessFastError
+from less_fast.paths import to_path
 
 if TYPE_CHECKING:
     from less_fast.score_table import ScoreTable
@@ -27,7 +28,7 @@ def select(
         ),
     ],
     data: Annotated[list[str], typer.Option(help="File of the pool, in the order they were scored in. Repeatable.")],
-    out: Annotated[Path, typer.Option(help="Where the selected examples go: a .jsonl or .parquet file.")],
+    out: Annotated[str, typer.Option(help="Where the selected examples go: a .jsonl or .parquet file.")],
     fraction: Annotated[float | None, typer.Option(help="Share of the pool to select.", show_default=False)] = None,
     n: Annotated[
         int | None, typer.Option("-n", "--n", help="Number of examples to select.", show_default=False)
@@ -50,7 +51,7 @@ def select(
         ),
     ] = None,
     dedupe: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Store of the pool: skip what is too similar there. Repeatable: the mean of checkpoints."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Highest cosine of two selected examples, with --dedupe.")] = 0.95,
@@ -76,11 +77,12 @@ def select(
     if (unsized and chosen != "quotas") or (fraction is not None and n is not None):
         raise LessFastError("give either --fraction or -n, and not both")
     n_bytes = n_bytes_of(memory)
-    if out.suffix not in (".jsonl", ".json", ".parquet") and not out.is_dir():
+    place = to_path(out)
+    if place.suffix not in (".jsonl", ".json", ".parquet") and not place.is_dir():
         raise LessFastError(f"{out}: expected a name that ends in .jsonl or .parquet")
-    if report == out:
+    if report == place:
         raise LessFastError(f"{out}: is the name of both --out and --report; expected two files")
-    for option, file in (("--out", out), ("--report", report)):
+    for option, file in (("--out", place), ("--report", report)):
         require_other_file(file, option, [*files.values(), *(dedupe or [])])
     with only_results_on_stdout():
         from dataclasses import asdict
@@ -107,11 +109,11 @@ def select(
             filters["duplicates"] = _duplicates(dedupe, next(iter(tables.values())), threshold, n_bytes)
         wanted = count or ranking.size or 0
         selection = pick(ranking, wanted, list(filters.values()), progress=progress and bool(dedupe))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        (examples.write_parquet if out.suffix == ".parquet" else examples.write_lines)(selection.rows, out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (examples.write_parquet if place.suffix == ".parquet" else examples.write_lines)(selection.rows, place)
         shares = composition(sources, selection.rows, {task: table.scores for task, table in tables.items()})
         name = "groups" if groups else "datasets"
-        result: dict[str, Any] = {"out": str(out), "selected": len(selection.rows)}
+        result: dict[str, Any] = {"out": out, "selected": len(selection.rows)}
         if len(ranking.names) > 1:
             taken = [int((selection.columns == column).sum()) for column in range(len(ranking.names))]
             result["taken_by"] = dict(zip(ranking.names, taken))
@@ -192,7 +194,7 @@ def _ranking(
     return balanced(columns)
 
 
-def _duplicates(paths: Sequence[Path], table: ScoreTable, threshold: float, memory: int) -> Duplicates:
+def _duplicates(paths: Sequence[str], table: ScoreTable, threshold: float, memory: int) -> Duplicates:
     from less_fast.scoring import Duplicates
     from less_fast.store import FeatureStore
 

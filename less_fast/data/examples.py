@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from less_fast.data.parquet import write_table
 from less_fast.data.rows import COLUMNS, EXPECTED_FIELDS, TableBuilder
 from less_fast.data.sources import RowTable, Source, read_jsonl, read_rows
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, PathOrUrl, RemotePath, is_same_file, to_path
 from less_fast.store.files import atomic_file
 
 _JSONL_NAME = re.compile(r"(.+)\.(?:jsonl|jsonlines|json-lines|ndjson|json)(?:\.gz)?", re.IGNORECASE)
 _PARQUET_NAME = re.compile(r"(.+)\.(?:parquet|pq)", re.IGNORECASE)
+_PATHS = (str, os.PathLike, RemotePath)
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 
 
@@ -75,7 +77,7 @@ class Examples:
             self._table.select(rows), self._digests[rows], self._sources, self._source_of[rows], self._row_of[rows]
         )
 
-    def write_lines(self, indices: Sequence[int] | np.ndarray, path: str | os.PathLike[str]) -> None:
+    def write_lines(self, indices: Sequence[int] | np.ndarray, path: PathOrUrl) -> None:
         """Write these rows, in this order, as JSON Lines; the file appears whole or not at all.
 
         Rows of JSON Lines sources are the source's bytes, each ended by one newline; others are serialised anew.
@@ -86,7 +88,7 @@ class Examples:
         with self._whole_file(path, ".jsonl") as file:
             file.writelines(line + b"\n" for line in self._of_sources(rows, lambda source, at: source.lines(at)))
 
-    def write_parquet(self, indices: Sequence[int] | np.ndarray, path: str | os.PathLike[str]) -> None:
+    def write_parquet(self, indices: Sequence[int] | np.ndarray, path: PathOrUrl) -> None:
         """Write these rows, in this order, as parquet; :func:`load_examples` reads them as the same examples.
 
         The source's other fields are kept: with the type that holds all of their values, or else as JSON text.
@@ -98,13 +100,13 @@ class Examples:
             write_table(list(self.take(rows)), raw, file)
 
     @contextlib.contextmanager
-    def _whole_file(self, path: str | os.PathLike[str], kind: str) -> Iterator[IO[bytes]]:
+    def _whole_file(self, path: PathOrUrl, kind: str) -> Iterator[IO[bytes]]:
         """A file that becomes ``path`` when the block ends well; not a folder, and none of the sources."""
-        path = Path(path)
+        path = to_path(path)
         if path.is_dir():
             raise LessFastError(f"{path}: is a folder; expected the name of a {kind} file")
         for source in self._sources:
-            if source.path is not None and path.exists() and path.samefile(source.path):
+            if source.path is not None and is_same_file(path, source.path):
                 raise LessFastError(
                     f"{path}: is a source of these examples and would be overwritten; choose another file"
                 )
@@ -142,10 +144,10 @@ class Examples:
 def load_examples(source: Any, *, limit: int | None = None) -> Examples:
     """Read examples, all of them or the first `limit`.
 
-    `source`: a path to .jsonl (also .json, .ndjson; gzip or not) or .parquet, a folder of `datasets.save_to_disk`, the
-    name of a dataset on the hub, a `datasets.Dataset`, a list of dicts, `Examples`, or a list of such paths, which are
-    joined in order. `dataset` and `id` default to the file's stem and the row's number in its file (0 is the first).
-    Raises LessFastError that names the file and the line or row.
+    `source`: a path or URL of .jsonl (also .json, .ndjson; gzip or not) or .parquet, a folder of
+    `datasets.save_to_disk`, the name of a dataset on the hub, a `datasets.Dataset`, a list of dicts, `Examples`, or a
+    list of such paths, which are joined in order. `dataset` and `id` default to the file's stem and the row's number in
+    its file (0 is the first). Raises LessFastError that names the file and the line or row.
     """
     if limit is not None and limit < 1:
         raise LessFastError(f"limit must be at least 1, found {limit}")
@@ -191,24 +193,24 @@ def _parts(source: Any) -> list[Any]:
     """The single sources of a list of paths; anything else is one source."""
     if not isinstance(source, list | tuple):
         return [source]
-    if source and all(isinstance(item, str | os.PathLike) for item in source):
+    if source and all(isinstance(item, _PATHS) for item in source):
         return list(source)
-    if any(isinstance(item, str | os.PathLike) for item in source):
+    if any(isinstance(item, _PATHS) for item in source):
         raise LessFastError("a list of examples must hold either paths or rows, found both")
     return [list(source)]
 
 
 def _name(part: Any) -> str:
-    return str(part) if isinstance(part, str | os.PathLike) else f"the given {type(part).__name__}"
+    return str(part) if isinstance(part, _PATHS) else f"the given {type(part).__name__}"
 
 
 def _read(part: Any, limit: int | None, table: TableBuilder) -> Source:
     """Add the rows of one source to the table."""
     if isinstance(part, list):
         return read_rows(part, part, _name(part), "examples", limit, table)
-    if not isinstance(part, str | os.PathLike):
+    if not isinstance(part, _PATHS):
         return _read_dataset(part, _name(part), "examples", limit, table)
-    path = Path(part).expanduser()
+    path = to_path(part).expanduser()
     if path.is_dir():
         return _read_dataset(_load_folder(path), str(path), path.resolve().name, limit, table)
     if match := _JSONL_NAME.fullmatch(path.name):
@@ -246,7 +248,7 @@ def _read_dataset(data: Any, name: str, dataset: str, limit: int | None, table: 
     return read_rows(data.select_columns(present), data, name, dataset, limit, table)
 
 
-def _load_folder(path: Path) -> Any:
+def _load_folder(path: AnyPath) -> Any:
     import datasets
 
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -257,13 +259,14 @@ def _load_folder(path: Path) -> Any:
         raise LessFastError(f"{path}: the saved dataset cannot be read ({_first_line(error)})") from error
 
 
-def _load_parquet(path: Path) -> Any:
+def _load_parquet(path: AnyPath) -> Any:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return datasets.Dataset(pq.read_table(path), fingerprint=hashlib.sha256(str(path).encode()).hexdigest())
+        source: Any = io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
+        return datasets.Dataset(pq.read_table(source), fingerprint=hashlib.sha256(str(path).encode()).hexdigest())
     except (OSError, pa.ArrowException) as error:
         raise LessFastError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
@@ -279,7 +282,7 @@ def _load_hub(name: str) -> Any:
         ) from error
 
 
-def _check_exists(path: Path) -> None:
+def _check_exists(path: AnyPath) -> None:
     if not path.is_file():
         raise LessFastError(f"{path}: no such file")
 

@@ -10,13 +10,13 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
 from less_fast.data.rows import TableBuilder, check_row
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, RemotePath
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -27,7 +27,7 @@ class Source(Protocol):
     """One origin of rows; ``path`` is the file it reads, if it is one."""
 
     @property
-    def path(self) -> Path | None: ...
+    def path(self) -> AnyPath | None: ...
 
     def lines(self, rows: np.ndarray) -> list[bytes]:
         """The JSON text of the rows with these numbers (int64), in this order, without line ends."""
@@ -42,8 +42,8 @@ class Source(Protocol):
 class JsonlFile:
     """A JSON Lines file, plain or gzip; only the place of each row's line is kept in memory."""
 
-    path: Path
-    stamp: tuple[int, int]  # size in bytes and modification time in ns when it was read
+    path: AnyPath
+    stamp: tuple[int, int]  # size in bytes, and time in ns of the last change (or a checksum), when it was read
     starts: np.ndarray  # int64 (N,), byte offsets in the decompressed text
     lengths: np.ndarray  # int64 (N,), in bytes, without the line end
 
@@ -71,7 +71,7 @@ class RowTable:
     """Rows held as mappings: a list of dicts or a `datasets.Dataset`."""
 
     rows: Any  # indexed by int
-    path: Path | None = None
+    path: AnyPath | None = None
 
     def lines(self, rows: np.ndarray) -> list[bytes]:
         """Each row as JSON, all of its fields, non-ASCII text as itself; values that JSON lacks are written as text."""
@@ -82,7 +82,7 @@ class RowTable:
         return [self.rows[row] for row in rows.tolist()]
 
 
-def read_jsonl(path: Path, dataset: str, limit: int | None, table: TableBuilder) -> JsonlFile:
+def read_jsonl(path: AnyPath, dataset: str, limit: int | None, table: TableBuilder) -> JsonlFile:
     """Check and add the rows of a JSON Lines file (gzip is told by its first bytes, not by its name).
 
     Blank lines are skipped but counted; a byte-order mark at the start is not part of the first line.
@@ -148,12 +148,20 @@ def _parse(line: bytes) -> object:
     return row
 
 
-def _open(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        magic = file.read(len(_GZIP_MAGIC))
-    return gzip.open(path, "rb") if magic == _GZIP_MAGIC else open(path, "rb")  # type: ignore[return-value]
+def _open(path: AnyPath) -> IO[bytes]:
+    file = path.open() if isinstance(path, RemotePath) else open(path, "rb")  # noqa: SIM115  # the caller closes it
+    is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    file.seek(0)
+    if not is_gzip:
+        return file
+    if isinstance(path, RemotePath):
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    file.close()  # gzip would leave it open
+    return gzip.open(path, "rb")  # type: ignore[return-value]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: AnyPath) -> tuple[int, int]:
+    if isinstance(path, RemotePath):
+        return int(path.info()["size"]), path.checksum()
     facts = os.stat(path)
     return facts.st_size, facts.st_mtime_ns

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, PathOrUrl, to_path
 from less_fast.progress import progress_bar
 from less_fast.scoring.scores import Scores, aggregate
 from less_fast.scoring.stream import ScoreStream
@@ -32,7 +31,7 @@ class ScoreWriter:
     aggregate that :func:`less_fast.select` ranks by). Scores of invalid rows are null.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, subtasks: Sequence[str], how: str) -> None:
+    def __init__(self, path: AnyPath, file: BinaryIO, subtasks: Sequence[str], how: str) -> None:
         import pyarrow as pa
         import pyarrow.csv as csv
         import pyarrow.parquet as pq
@@ -84,9 +83,9 @@ class ScoreWriter:
 
 
 @contextlib.contextmanager
-def score_table(path: str | PathLike[str], subtasks: Sequence[str], how: str) -> Iterator[ScoreWriter]:
+def score_table(path: PathOrUrl, subtasks: Sequence[str], how: str) -> Iterator[ScoreWriter]:
     """Open a :class:`ScoreWriter`; raises LessFastError for another file type, or where it cannot be written."""
-    path = Path(path)
+    path = to_path(path)
     if path.suffix not in (".csv", ".parquet"):
         raise LessFastError(f"cannot write scores to {path}: expected a name that ends in .csv or .parquet")
     with _output(path) as file:
@@ -98,7 +97,7 @@ def score_table(path: str | PathLike[str], subtasks: Sequence[str], how: str) ->
 
 
 @contextlib.contextmanager
-def _output(path: Path) -> Iterator[BinaryIO]:
+def _output(path: AnyPath) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
@@ -107,7 +106,7 @@ def _output(path: Path) -> Iterator[BinaryIO]:
         raise failed_write(path, error, "the stores are as they were") from error
 
 
-def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: str = "max") -> None:
+def write_scores(path: PathOrUrl, rows: Rows, scores: Scores, *, how: str = "max") -> None:
     """Write scores as a :class:`ScoreWriter`.
 
     Raises LessFastError for another file type, or if there are not as many rows as scores.
@@ -120,10 +119,10 @@ def write_scores(path: str | PathLike[str], rows: Rows, scores: Scores, *, how: 
 
 def stream_scores(
     stream: ScoreStream,
-    tables: Mapping[str, Sequence[str | PathLike[str]]],
+    tables: Mapping[str, Sequence[PathOrUrl]],
     *,
     how: str = "max",
-    matrix: str | PathLike[str] | None = None,
+    matrix: PathOrUrl | None = None,
     progress: bool = False,
 ) -> int:
     """Score the pool and write the result as it comes, so that memory does not grow with the pool.
@@ -139,7 +138,7 @@ def stream_scores(
             for name, paths in tables.items()
             for path in paths
         ]
-        array = open_files.enter_context(_matrix(Path(matrix), stream)) if matrix is not None else None
+        array = open_files.enter_context(_matrix(to_path(matrix), stream)) if matrix is not None else None
         names = _Names(stream.train[0].path / ROWS_NAME, stream.n_rows)
         bar = open_files.enter_context(progress_bar(stream.n_rows, unit="row", desc="score", show=progress))
         for block in stream.blocks():
@@ -158,7 +157,7 @@ def stream_scores(
 class _Names:
     """Ids and datasets of consecutive rows, read from a store's table of rows a part at a time."""
 
-    def __init__(self, path: Path, n_rows: int) -> None:
+    def __init__(self, path: AnyPath, n_rows: int) -> None:
         self._batches = row_batches(path, ("id", "dataset"), n_rows)
         self._waiting: list[Any] = []
 
@@ -174,7 +173,7 @@ class _Names:
 
 
 @contextlib.contextmanager
-def _matrix(path: Path, stream: ScoreStream) -> Iterator[BinaryIO]:
+def _matrix(path: AnyPath, stream: ScoreStream) -> Iterator[BinaryIO]:
     if path.suffix != ".npy":
         raise LessFastError(f"cannot write the matrix of scores to {path}: expected a name that ends in .npy")
     shape = stream.n_rows, stream.n_columns

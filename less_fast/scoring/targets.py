@@ -5,17 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from less_fast.errors import LessFastError
+from less_fast.paths import PathOrUrl, RemotePath
 from less_fast.scoring.compatible import check_checkpoints, check_pair
 from less_fast.store import FeatureStore, Status
 
-Store = FeatureStore | str | PathLike[str]
+Store = FeatureStore | PathOrUrl
 Stores = Store | Sequence[Store]
 
 WHOLE_TARGET = "all"  # the subtask of target rows that name none
@@ -46,10 +47,10 @@ class Target:
 
 def open_stores(stores: Stores) -> list[FeatureStore]:
     """One store, or one per checkpoint, opened where they are paths."""
-    several = [stores] if isinstance(stores, (FeatureStore, str, PathLike)) else list(stores)
+    several = [stores] if isinstance(stores, (FeatureStore, str, PathLike, RemotePath)) else list(stores)
     if not several:
         raise LessFastError("no feature stores were given; expected one per checkpoint")
-    return [store if isinstance(store, FeatureStore) else FeatureStore(fspath(store)) for store in several]
+    return [store if isinstance(store, FeatureStore) else FeatureStore(store) for store in several]
 
 
 def open_target(train: list[FeatureStore], target: list[FeatureStore]) -> Target:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.paths import PathOrUrl, to_path
 from less_fast.progress import progress_bar
 from less_fast.store.codec import CODECS, Array, Float32
 from less_fast.store.reader import FeatureStore
@@ -20,8 +19,8 @@ from less_fast.store.writer import StoreWriter
 
 
 def convert_store(
-    source: str | PathLike[str],
-    out: str | PathLike[str],
+    source: PathOrUrl,
+    out: PathOrUrl,
     *,
     dtype: str,
     shard_size: int | None = None,
@@ -54,7 +53,7 @@ def convert_store(
     if dtype not in CODECS:
         raise LessFastError(f"dtype is {dtype!r}; expected one of {', '.join(CODECS)}")
     store = FeatureStore(source, verify=verify)
-    if Path(out).resolve() == store.path.resolve():
+    if to_path(out).resolve() == store.path.resolve():
         raise LessFastError(f"{out} is the store to convert; choose another folder for the result")
     if _row_bytes(dtype, store.dim) > _row_bytes(store.dtype, store.dim):
         warnings.warn(

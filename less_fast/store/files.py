@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath, RemotePath
 
 try:
     import fcntl
@@ -30,13 +32,18 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
     """A file to write to that becomes ``path`` when the block ends well, and vanishes when it does not.
 
     The bytes are on the disk before the name is, and the name is before this returns: a crash at any instant leaves
     either the old file, or the new one, plus at most one ``*.tmp`` beside it, which the next writer takes over. Of two
-    writers at a time each has a file of its own, and the last to end wins.
+    writers at a time each has a file of its own, and the last to end wins. A remote file is gathered in memory.
     """
+    if isinstance(path, RemotePath):
+        gathered = io.BytesIO()
+        yield gathered
+        path.write_bytes(gathered.getvalue())
+        return
     temporary, file = _open_temporary(path)
     with file:
         try:
@@ -108,8 +115,13 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; OSError for a folder, and for a pipe or a device, which may block or never end."""
+def open_regular(path: AnyPath) -> BinaryIO:
+    """Open a file for reading; OSError for a folder, and for a pipe or a device, which may block or never end.
+
+    A remote file is fetched whole.
+    """
+    if isinstance(path, RemotePath):
+        return io.BytesIO(path.read_bytes())
     descriptor = os.open(path, _READ)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -117,7 +129,14 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def sha256_of(path: Path) -> str:
+def size_of_open(file: BinaryIO) -> int:
+    """Bytes that an open file holds, whose position becomes 0."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def sha256_of(path: AnyPath) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open_regular(path) as file:
         return sha256_of_open(file)
@@ -131,8 +150,29 @@ def sha256_of_open(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def check_free_space(path: Path, needed: int) -> None:
-    """Raise LessFastError if the file system of ``path`` (there or not yet) has fewer than ``needed`` bytes free."""
+def sizes_in(folder: AnyPath) -> dict[str, int]:
+    """Name -> bytes of all that lies in a folder; nothing where there is no such folder."""
+    if isinstance(folder, RemotePath):
+        return folder.sizes()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return {entry.name: size for entry in entries if (size := _size_of(entry)) is not None}
+    return {}
+
+
+def _size_of(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # a link to nothing, or gone in the meantime
+        return None
+
+
+def check_free_space(path: AnyPath, needed: int) -> None:
+    """Raise LessFastError if the file system of ``path`` (there or not yet) has fewer than ``needed`` bytes free.
+
+    What a remote one has is not known.
+    """
+    if isinstance(path, RemotePath):
+        return
     free = _free_bytes(path)
     if free < needed:
         raise LessFastError(
@@ -156,10 +196,11 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def failed_write(path: Path, error: OSError, outlook: str) -> LessFastError:
+def failed_write(path: AnyPath, error: OSError, outlook: str) -> LessFastError:
     """The error to raise for an ``OSError`` while writing ``path``; ``outlook`` says what is kept."""
     if error.errno in _DISK_FULL:
-        reason = f"the disk is full ({_size(_free_bytes(path))} free)"
+        left = "" if isinstance(path, RemotePath) else f" ({_size(_free_bytes(path))} free)"
+        reason = f"the disk is full{left}"
         outlook += "; make room and repeat the command"
     elif error.errno in (errno.EEXIST, errno.ENOTDIR):
         reason = "it, or a part of its path, is a file, and a folder is expected"

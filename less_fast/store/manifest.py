@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.paths import AnyPath
 from less_fast.store.codec import CODECS, Codec
-from less_fast.store.files import atomic_file, open_regular
+from less_fast.store.files import atomic_file, open_regular, size_of_open
 from less_fast.store.rows import Rows
 from less_fast.store.strict_json import parse_json, shown
 
@@ -116,18 +116,18 @@ class Manifest:
         }
         return {**fields, "sha256": _checksum(fields)}
 
-    def write(self, store: Path) -> None:
+    def write(self, store: AnyPath) -> None:
         text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
         with atomic_file(store / FILE_NAME) as file:
             file.write(text.encode())
 
     @classmethod
-    def read(cls, store: Path) -> Manifest:
+    def read(cls, store: AnyPath) -> Manifest:
         """Read and check the manifest of a store; see :func:`load_json` and :meth:`from_dict` for the errors."""
         return cls.from_dict(load_json(store), store / FILE_NAME)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], path: Path) -> Manifest:
+    def from_dict(cls, fields: Mapping[str, Any], path: AnyPath) -> Manifest:
         """The inverse of :meth:`to_dict`.
 
         Raises LessFastError if a newer version wrote it, CorruptStoreError if a field is missing, of the wrong type,
@@ -193,12 +193,12 @@ class Manifest:
         return shard
 
 
-def load_json(store: Path) -> dict[str, Any]:
+def load_json(store: AnyPath) -> dict[str, Any]:
     """The parsed manifest. Raises LessFastError where there is no store, CorruptStoreError if it is not JSON."""
     path = store / FILE_NAME
     try:
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            if size_of_open(file) > _MOST_BYTES:
                 raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
             fields = parse_json(file.read())
     except (FileNotFoundError, NotADirectoryError):

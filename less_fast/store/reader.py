@@ -6,26 +6,28 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.paths import AnyPath, PathOrUrl, RemotePath, to_path
 from less_fast.projection import Projection
 from less_fast.store import manifest as manifests
 from less_fast.store.codec import Array, Float32
 from less_fast.store.files import sha256_of
 from less_fast.store.manifest import Manifest, ShardEntry
+from less_fast.store.read_ahead import ReadAhead
 from less_fast.store.rows import Rows, check_rows
 from less_fast.store.shard import Shard, Status, open_shard, shard_tensors
 from less_fast.store.strict_json import shown
 
-_OPEN_SHARDS = 16
+_OPEN_SHARDS, _FETCHED_SHARDS = 16, 2  # those on the disk are maps, remote ones are memory
+_REQUESTS = 8  # for columns of remote shards, at a time
 _CACHED = ("rows", "status", "norms", "n_tokens", "n_labels")
 _MAKE_AGAIN = "repeat the command that made it to have it made again"
 
@@ -34,7 +36,7 @@ _MAKE_AGAIN = "repeat the command that made it to have it made again"
 class Verification:
     """What :meth:`FeatureStore.verify` found: one line per problem, each naming the file."""
 
-    path: Path
+    path: AnyPath
     n_shards: int
     problems: list[str]
 
@@ -65,7 +67,8 @@ class FeatureStore:
 
     Parameters
     ----------
-    path : the store's folder.
+    path : the store's folder, or its URL (``s3://…``). Of a remote store a few shards are in memory at a time; reading
+        one after the other fetches the next ones meanwhile.
     allow_partial : open it although shards are missing; their rows read as zeros with status ``MISSING``. So do those
         of shards that turn out to be damaged, each of which is named in a warning.
     verify : compare each shard with its checksum before the first of its rows is read, and the manifest and the table
@@ -81,14 +84,16 @@ class FeatureStore:
         if the manifest is damaged; later, if a shard that is asked for is. Other shards stay readable.
     """
 
-    def __init__(self, path: str | PathLike[str], *, allow_partial: bool = False, verify: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: PathOrUrl, *, allow_partial: bool = False, verify: bool = False) -> None:
+        self.path = to_path(path)
         self.manifest: dict[str, Any] = manifests.load_json(self.path)
         self._manifest = Manifest.from_dict(self.manifest, self.path / manifests.FILE_NAME)
         self._open: dict[int, Shard] = {}
+        self._columns: dict[int, Shard] = {}  # of remote shards, without features
         self._lock = threading.Lock()  # of what is known of shards: the dicts and sets here
         self._allow_partial = allow_partial
         self._verify = verify
+        self._n_rows_checked = False
         self._sound: set[int] = set()  # shards that were open once
         self._damaged: dict[int, str] = {}
         if verify and (problems := self._table_problems()):
@@ -110,8 +115,8 @@ class FeatureStore:
         return self._manifest.n_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name not in (*_CACHED, "_lock")}
-        return {**kept, "_open": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name not in (*_CACHED, "_lock", "_read_ahead")}
+        return {**kept, "_open": {}, "_columns": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -264,30 +269,51 @@ class FeatureStore:
             problems.append(f"{file}: {error.strerror}; {_MAKE_AGAIN}")
         return problems
 
-    def _map(self, entry: ShardEntry, *, check: bool) -> Shard:
+    def _map(self, entry: ShardEntry, *, check: bool, columns_only: bool = False) -> Shard:
         checksum = entry.sha256 if check else None
-        return open_shard(self.path / entry.file, self._manifest.codec, self.dim, entry.start, entry.stop, checksum)
+        path, codec = self.path / entry.file, self._manifest.codec
+        return open_shard(path, codec, self.dim, entry.start, entry.stop, checksum, columns_only=columns_only)
 
-    def _shard(self, number: int) -> Shard | None:
-        """An open shard, or None where it is missing. Few stay open: a map holds a file descriptor."""
+    @cached_property
+    def _read_ahead(self) -> ReadAhead:
+        return ReadAhead(lambda number: self._map(self._manifest.shards[number], check=self._to_check(number)))
+
+    def _to_check(self, number: int) -> bool:
+        return self._verify and number not in self._sound
+
+    def _shard(self, number: int, *, columns_only: bool = False) -> Shard | None:
+        """An open shard, or None where it is missing. Few stay open: a map holds a file descriptor.
+
+        ``columns_only``: its features are not needed, and need not be fetched.
+        """
+        remote = isinstance(self.path, RemotePath)
         with self._lock:
             if number in self._open:
                 return self._open[number]
+            if columns_only and number in self._columns:
+                return self._columns[number]
             entry = self._manifest.shards.get(number)
             if entry is None or number in self._damaged:
                 return None
-            check = self._verify and number not in self._sound
         try:
-            shard = self._map(entry, check=check)
+            if not remote or columns_only:
+                shard = self._map(entry, check=self._to_check(number), columns_only=columns_only)
+            else:
+                known = range(number + 1, self._manifest.n_shards)
+                following = [other for other in known[:_OPEN_SHARDS] if other in self._manifest.shards]
+                shard = self._read_ahead.take(number, following)
         except CorruptStoreError as error:
             if not self._allow_partial:
                 raise
             self._leave_out(number, entry, str(error))
             return None
         with self._lock:
+            if "features" not in shard.tensors:
+                self._columns[number] = shard
+                return shard
             self._sound.add(number)
             self._open[number] = shard
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > (_FETCHED_SHARDS if remote else _OPEN_SHARDS):
                 del self._open[next(iter(self._open))]
         return shard
 
@@ -303,7 +329,9 @@ class FeatureStore:
 
     def check_n_rows(self) -> None:
         """Raise CorruptStoreError unless the table of rows vouches for their number, as missing shards do not."""
-        check_rows(self.path / manifests.ROWS_NAME, len(self))
+        if not self._n_rows_checked:
+            check_rows(self.path / manifests.ROWS_NAME, len(self))
+            self._n_rows_checked = isinstance(self.path, RemotePath)  # those are fetched whole
 
     def _check_dim(self, number: int) -> None:
         """Open shard ``number``, or any other if that is missing: memory is asked for by a dim that a file has."""
@@ -314,9 +342,13 @@ class FeatureStore:
     def _column(self, name: str) -> Array:
         spec = shard_tensors(self._manifest.codec, 0, self.dim)[name]
         parts = [np.empty(0, spec.dtype)]
+        if isinstance(self.path, RemotePath):
+            with ThreadPoolExecutor(_REQUESTS, "less_fast-columns") as threads:
+                for _ in threads.map(lambda number: self._shard(number, columns_only=True), self._manifest.shards):
+                    pass
         for number in range(self._manifest.n_shards):
             start, stop = self._manifest.bounds(number)
-            shard = self._shard(number)
+            shard = self._shard(number, columns_only=True)
             absent = Status.MISSING if name == "status" else 0
             # np.array, because a view would keep its shard's map open.
             parts.append(np.full(stop - start, absent, spec.dtype) if shard is None else np.array(shard.tensors[name]))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from less_fast.errors import CorruptStoreError, LessFastError
-from less_fast.store.files import open_regular
+from less_fast.paths import AnyPath, RemotePath
+from less_fast.store.files import open_regular, size_of_open
 
 _NAMES = ("id", "dataset", "subtask")
 _BATCH_ROWS = 1 << 16
@@ -59,7 +58,7 @@ class Rows:
         return buffer.getvalue().to_pybytes()
 
     @classmethod
-    def read(cls, path: Path, n_rows: int | None = None) -> Rows:
+    def read(cls, path: AnyPath, n_rows: int | None = None) -> Rows:
         """The inverse of :meth:`to_parquet`, from a file.
 
         Raises CorruptStoreError if it is missing or damaged, or if ``n_rows`` is given and it has another number.
@@ -71,13 +70,13 @@ class Rows:
         return cls(*columns.values())
 
 
-def check_rows(path: Path, n_rows: int) -> None:
+def check_rows(path: AnyPath, n_rows: int) -> None:
     """Raise CorruptStoreError if the table is missing or damaged, or has another number of rows; reads none of them."""
     with _opened(path, _NAMES, n_rows):
         pass
 
 
-def row_batches(path: Path, columns: tuple[str, ...], n_rows: int | None = None) -> Iterator[Any]:
+def row_batches(path: AnyPath, columns: tuple[str, ...], n_rows: int | None = None) -> Iterator[Any]:
     """The table in order, as pyarrow record batches of the named columns; raises as :meth:`Rows.read` does."""
     with _opened(path, columns, n_rows) as file:
         for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False):
@@ -88,16 +87,17 @@ def row_batches(path: Path, columns: tuple[str, ...], n_rows: int | None = None)
 
 
 @contextlib.contextmanager
-def _opened(path: Path, columns: tuple[str, ...], n_rows: int | None) -> Iterator[Any]:
+def _opened(path: AnyPath, columns: tuple[str, ...], n_rows: int | None) -> Iterator[Any]:
     """The pyarrow file at ``path``, found to be plausible; what goes wrong with it becomes a CorruptStoreError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with open_regular(path) as opened:
-            size = os.fstat(opened.fileno()).st_size
+            size = size_of_open(opened)
+            source = pa.BufferReader(opened.read()) if isinstance(path, RemotePath) else path
         # Not through a Python file object, and without threads: one may outlive the interpreter and abort it.
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(source, pre_buffer=False) as file:
             found, schema = file.metadata.num_rows, file.schema_arrow
             if n_rows is not None and found != n_rows:
                 raise ValueError(f"it has {found} rows, but the manifest says {n_rows}")

@@ -8,23 +8,25 @@ to the disk, and every shape is checked against the file's size before anything 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
+from functools import partial
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from less_fast.errors import CorruptStoreError
+from less_fast.paths import AnyPath, RemotePath
 from less_fast.store.codec import Array, Codec, Float32, TensorSpec
-from less_fast.store.files import atomic_file, open_regular, sha256_of_open
+from less_fast.store.files import atomic_file, open_regular, sha256_of_open, size_of_open
 from less_fast.store.strict_json import parse_json, shown
 
 _MAX_HEADER = 1 << 20
+_HEAD = 1 << 17  # bytes of a remote shard that are fetched at a time for its columns
 _SLAB_ROWS = 16  # rows handled at a time: few enough that a slab stays in the cache
 # Norms from here on count as non-finite, so that rounding a row's entries up can never reach infinity.
 _NORM_LIMIT = 2.0**127
@@ -123,7 +125,7 @@ def _unit(rows: Float32, lengths: NDArray[np.float64]) -> Float32:
 
 
 def write_shard(
-    path: Path, tensors: Mapping[str, Array], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+    path: AnyPath, tensors: Mapping[str, Array], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> tuple[str, int]:
     """Write the file atomically, in the order of ``specs``; returns its SHA-256 and size in bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -153,16 +155,29 @@ class Shard:
     metadata: dict[str, str]
 
 
-def open_shard(path: Path, codec: Codec, dim: int, start: int, stop: int, sha256: str | None = None) -> Shard:
-    """Map the tensors of the shard that holds rows [start, stop) without reading them.
+def open_shard(
+    path: AnyPath,
+    codec: Codec,
+    dim: int,
+    start: int,
+    stop: int,
+    sha256: str | None = None,
+    *,
+    columns_only: bool = False,
+) -> Shard:
+    """Map the tensors of the shard that holds rows [start, stop) without reading them; a remote one is fetched.
 
     With ``sha256``, the bytes that are mapped are read and compared with it first. Raises CorruptStoreError if they
     are others, or the file is not exactly such a shard; nothing is allocated by what it claims. A file that takes this
-    one's name later does not touch the map.
+    one's name later does not touch the map. ``columns_only``: features are not needed, and of a remote file, where
+    there is no ``sha256`` to compare, they are neither fetched nor among the tensors.
     """
     try:
+        if columns_only and sha256 is None and isinstance(path, RemotePath):
+            with path.open(_HEAD) as file:
+                return _open(file, codec, dim, start, stop, _columns)
         with open_regular(path) as file:
-            return _map(file, codec, dim, start, stop, sha256)
+            return _open(file, codec, dim, start, stop, partial(_map, sha256=sha256))
     except FileNotFoundError:
         raise CorruptStoreError(
             f"{path}: No such file or directory; repeat the command that made it to have it made again"
@@ -174,8 +189,41 @@ def open_shard(path: Path, codec: Codec, dim: int, start: int, stop: int, sha256
     raise CorruptStoreError(f"{path}: {reason}; delete it and repeat the command that made it to have it made again")
 
 
-def _map(file: BinaryIO, codec: Codec, dim: int, start: int, stop: int, sha256: str | None) -> Shard:
-    size = os.fstat(file.fileno()).st_size
+_Places = dict[str, tuple[int, TensorSpec]]
+
+
+def _map(file: BinaryIO, places: _Places, sha256: str | None) -> dict[str, Array]:
+    if sha256 is not None:
+        file.seek(0)
+        if (found := sha256_of_open(file)) != sha256:
+            raise ValueError(f"damaged (SHA-256 is {found}, expected {shown(sha256)})")
+    if isinstance(file, io.BytesIO):
+        data = np.frombuffer(file.getvalue(), np.uint8)
+    else:
+        data = np.asarray(np.memmap(file, np.uint8, mode="r"))  # one for all tensors: each holds a file descriptor
+    return {
+        name: data[at : at + spec.nbytes].view(spec.dtype).reshape(spec.shape) for name, (at, spec) in places.items()
+    }
+
+
+def _columns(file: BinaryIO, places: _Places) -> dict[str, Array]:
+    tensors = {}
+    for name, (at, spec) in places.items():
+        if name != "features":
+            file.seek(at)
+            tensors[name] = np.frombuffer(file.read(spec.nbytes), spec.dtype).reshape(spec.shape)
+    return tensors
+
+
+def _open(
+    file: BinaryIO,
+    codec: Codec,
+    dim: int,
+    start: int,
+    stop: int,
+    read: Callable[[BinaryIO, _Places], dict[str, Array]],
+) -> Shard:
+    size = size_of_open(file)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise ValueError("not a safetensors file, or truncated")
@@ -187,25 +235,20 @@ def _map(file: BinaryIO, codec: Codec, dim: int, start: int, stop: int, sha256: 
         found = f"{shown(metadata.get('start'))} to {shown(metadata.get('stop'))}"
         raise ValueError(f"its metadata says that it holds rows {found}, expected {start} to {stop}")
     specs = shard_tensors(codec, stop - start, dim)
-    places: dict[str, slice] = {}
+    places: _Places = {}
     end = 8 + length
     for name, spec in specs.items():
         offset = end - 8 - length
         expected = {"dtype": spec.tag, "shape": [*spec.shape], "data_offsets": [offset, offset + spec.nbytes]}
         if header.get(name) != expected:
             raise ValueError(f"tensor {name} is {shown(header.get(name))}, expected {expected}")
-        places[name] = slice(end, end + spec.nbytes)
+        places[name] = end, spec
         end += spec.nbytes
     if set(header) != set(specs):
         raise ValueError(f"unexpected tensors {shown(sorted(set(header) - set(specs)))}")
     if size != end:
         raise ValueError(f"{size} bytes, expected {end}")
-    if sha256 is not None:
-        file.seek(0)
-        if (found := sha256_of_open(file)) != sha256:
-            raise ValueError(f"damaged (SHA-256 is {found}, expected {shown(sha256)})")
-    data = np.asarray(np.memmap(file, np.uint8, mode="r"))  # one for all tensors: each map holds a file descriptor
-    tensors = {name: data[places[name]].view(spec.dtype).reshape(spec.shape) for name, spec in specs.items()}
+    tensors = read(file, places)
     for name in ("norms", "scale"):
         # The smallest and the largest of numbers with a NaN among them are NaN, which no comparison holds for.
         values = tensors.get(name)

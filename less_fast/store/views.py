@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from less_fast.errors import LessFastError
+from less_fast.paths import PathOrUrl
 from less_fast.progress import progress_bar
 from less_fast.store.files import atomic_file, check_free_space, failed_write
 from less_fast.store.reader import FeatureStore
@@ -34,7 +35,7 @@ class TorchRows(Dataset[dict[str, Any]]):
     include_invalid : whether rows that are not OK, which hold zeros, are items too; otherwise they are left out.
     """
 
-    def __init__(self, store: FeatureStore | str | PathLike[str], *, include_invalid: bool = False) -> None:
+    def __init__(self, store: FeatureStore | PathOrUrl, *, include_invalid: bool = False) -> None:
         self.store = _opened(store)
         self.rows = _rows(self.store, include_invalid)
 
@@ -56,7 +57,7 @@ class TorchRows(Dataset[dict[str, Any]]):
 
 
 def to_dataset(
-    store: FeatureStore | str | PathLike[str],
+    store: FeatureStore | PathOrUrl,
     path: str | PathLike[str],
     *,
     include_invalid: bool = False,
@@ -108,7 +109,7 @@ def to_dataset(
     return datasets.Dataset.from_file(str(path))
 
 
-def _opened(store: FeatureStore | str | PathLike[str]) -> FeatureStore:
+def _opened(store: FeatureStore | PathOrUrl) -> FeatureStore:
     return store if isinstance(store, FeatureStore) else FeatureStore(store)
 
 

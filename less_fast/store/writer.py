@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from less_fast.errors import CorruptStoreError, LessFastError
+from less_fast.paths import PathOrUrl, to_path
 from less_fast.store import manifest as manifests
 from less_fast.store.claims import CLAIMS_NAME, Claims
 from less_fast.store.codec import Array
@@ -27,8 +26,12 @@ from less_fast.store.files import (
     atomic_file,
     check_free_space,
     failed_write,
+    open_regular,
     remove_temporaries,
     sha256_of,
+    sha256_of_open,
+    size_of_open,
+    sizes_in,
     sync_folder,
 )
 from less_fast.store.manifest import Manifest, ShardEntry, differences, shard_file
@@ -47,14 +50,15 @@ class StoreWriter:
 
     Parameters
     ----------
-    path : the store's folder; made, with its parents, if it is not there.
+    path : the store's folder, or its URL (``s3://…``); made, with its parents, if it is not there.
     facts : what the features are made with, as JSON values. A store is only resumed with the same ones.
     rows : id, dataset and subtask of every row, in dataset order.
     dim : K.
     dtype : ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``1bit``.
     shard_size : rows per shard; the last shard may have fewer.
     shared : let other processes, whose writers are shared too, make the same store at the same time. Each asks with
-        :meth:`claim` which shards are its own, and with :meth:`refresh` what the others have finished.
+        :meth:`claim` which shards are its own, and with :meth:`refresh` what the others have finished. A remote store
+        is always shared, and without locks: two writers may make the same shard, with the same bytes.
 
     Raises
     ------
@@ -68,7 +72,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | PathLike[str],
+        path: PathOrUrl,
         facts: Mapping[str, Any],
         rows: Rows,
         *,
@@ -77,18 +81,20 @@ class StoreWriter:
         shard_size: int,
         shared: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = to_path(path)
+        self._lock: FolderLock | None = None
         self._claims: Claims | None = None
         plain_facts = json.loads(json.dumps(dict(facts), allow_nan=False))
         table = rows.to_parquet()
         wanted = Manifest(len(rows), dim, dtype, shard_size, plain_facts, rows.hash, hashlib.sha256(table).hexdigest())
         self._check_room(wanted, len(table))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.path.parent)
-            self._lock = FolderLock(self.path, shared=shared, patience=_PATIENCE if shared else 0.0)
+            if isinstance(self.path, Path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.path.parent)
+                self._lock = FolderLock(self.path, shared=shared, patience=_PATIENCE if shared else 0.0)
             try:
-                self._claims = Claims(self.path) if shared else None
+                self._claims = Claims(self.path) if shared or self._lock is None else None
                 with self._turn():
                     self._manifest = self._open(wanted, table)
             except BaseException:
@@ -100,8 +106,9 @@ class StoreWriter:
     def _check_room(self, wanted: Manifest, table_bytes: int) -> None:
         windows = [wanted.bounds(shard) for shard in range(wanted.n_shards)]
         needed = sum(shard_bytes(wanted.codec, stop - start, wanted.dim) for start, stop in windows)
-        there = sum(file.lstat().st_size for file in (self.path / manifests.SHARDS_NAME).glob("*.safetensors"))
-        check_free_space(self.path, needed + table_bytes - there)
+        there = sizes_in(self.path / manifests.SHARDS_NAME)
+        done = sum(size for name, size in there.items() if not name.endswith(TEMPORARY_SUFFIX))
+        check_free_space(self.path, needed + table_bytes - done)
 
     def _open(self, wanted: Manifest, table: bytes) -> Manifest:
         """With the lock and the turn: create or adopt what is in the folder, and bring manifest and rows up to date."""
@@ -111,7 +118,7 @@ class StoreWriter:
             self._check_same(found, wanted)
         else:
             ours = {LOCK_NAME, CLAIMS_NAME, manifests.FILE_NAME + TEMPORARY_SUFFIX}
-            if foreign := sorted({entry.name for entry in self.path.iterdir()} - ours):
+            if foreign := sorted(set(sizes_in(self.path)) - ours):
                 raise LessFastError(f"{self.path} holds {foreign[0]} and is not a feature store; choose another folder")
             found = wanted
         if self._claims is None:
@@ -119,7 +126,8 @@ class StoreWriter:
         # The manifest comes first: with it there, whatever else lies in the folder is known to be ours.
         if not begun:
             wanted.write(self.path)
-        (self.path / manifests.SHARDS_NAME).mkdir(exist_ok=True)
+        if isinstance(self.path, Path):
+            (self.path / manifests.SHARDS_NAME).mkdir(exist_ok=True)
         rows_path = self.path / manifests.ROWS_NAME
         if not rows_path.exists() or sha256_of(rows_path) != wanted.rows_sha256:
             with atomic_file(rows_path) as file:
@@ -131,6 +139,7 @@ class StoreWriter:
 
     def _clean(self) -> None:
         """Remove what killed writers left, with nobody else at the store."""
+        assert isinstance(self.path, Path)
         remove_temporaries(self.path)
         remove_temporaries(self.path / manifests.SHARDS_NAME)
         (self.path / CLAIMS_NAME).unlink(missing_ok=True)
@@ -151,16 +160,18 @@ class StoreWriter:
     def _shards_on_disk(self, found: Manifest) -> dict[int, ShardEntry]:
         """The table of the shards that are whole: listed ones of the right size, and whole ones not listed yet."""
         shards: dict[int, ShardEntry] = {}
+        sizes = {
+            f"{manifests.SHARDS_NAME}/{name}": n for name, n in sizes_in(self.path / manifests.SHARDS_NAME).items()
+        }
         for shard in range(found.n_shards):
             listed = found.shards.get(shard)
             file = listed.file if listed else shard_file(shard)
-            path = self.path / file
-            if listed and path.exists() and path.stat().st_size == listed.bytes:
+            if listed and sizes.get(file) == listed.bytes:
                 shards[shard] = listed
-            elif listed and not path.exists():
-                warnings.warn(f"{path} is missing; it will be made again", stacklevel=4)
-            elif path.exists():
+            elif file in sizes:
                 shards.update(self._adopt(found, shard, file))
+            elif listed:
+                warnings.warn(f"{self.path / file} is missing; it will be made again", stacklevel=4)
         return shards
 
     def _adopt(self, found: Manifest, shard: int, file: str) -> dict[int, ShardEntry]:
@@ -175,14 +186,16 @@ class StoreWriter:
     def _entry(self, found: Manifest, shard: int, file: str) -> ShardEntry:
         path = self.path / file
         start, stop = found.bounds(shard)
-        metadata = open_shard(path, found.codec, found.dim, start, stop).metadata
+        metadata = open_shard(path, found.codec, found.dim, start, stop, columns_only=True).metadata
         try:
             facts = parse_json(metadata["facts"])
             if not isinstance(facts, dict):
                 raise ValueError
         except (KeyError, ValueError):
             raise CorruptStoreError(f"{path}: its metadata is not that of shard {shard}") from None
-        return ShardEntry(file, start, stop, sha256_of(path), path.stat().st_size, facts)
+        with open_regular(path) as opened:
+            size = size_of_open(opened)
+            return ShardEntry(file, start, stop, sha256_of_open(opened), size, facts)
 
     def pending(self) -> list[int]:
         """Numbers of the shards that are not there yet, ascending."""
@@ -218,7 +231,7 @@ class StoreWriter:
         claimed: list[int] = []
         try:
             with self._turn():
-                there = set(os.listdir(self.path / manifests.SHARDS_NAME))
+                there = sizes_in(self.path / manifests.SHARDS_NAME)
                 found, entries = self._found(), {}
                 for shard in found.pending:
                     file = shard_file(shard)
@@ -320,9 +333,9 @@ class StoreWriter:
             if tensors[name].shape != spec.shape:
                 raise LessFastError(f"{name} of shard {shard} have shape {tensors[name].shape}; expected {spec.shape}")
         path = self.path / shard_file(shard)
-        if self._claims is not None and path.exists():
-            return None
         try:
+            if self._claims is not None and path.exists():
+                return None
             sha256, size = write_shard(path, tensors, specs, metadata)
         except OSError as error:
             raise failed_write(path, error, self._finished()) from error
@@ -342,7 +355,9 @@ class StoreWriter:
         return found
 
     def _list(self, found: Manifest, entries: Mapping[int, ShardEntry]) -> None:
-        manifest = replace(self._manifest, shards={**found.shards, **entries})
+        # Without turns, what another process read before this one wrote may have taken the place of what was written.
+        known = self._manifest.shards if self._claims is not None and self._claims.in_vain else {}
+        manifest = replace(self._manifest, shards={**known, **found.shards, **entries})
         if entries:
             manifest.write(self.path)
         self._manifest = manifest
@@ -362,9 +377,10 @@ class StoreWriter:
         """Let go of the store, finished or not; a second call does nothing. The last to share it cleans up."""
         if self._claims is not None:
             self._claims.close()
-            if self._lock.end_sharing():
+            if self._lock is not None and self._lock.end_sharing():
                 self._clean()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> StoreWriter:
         return self

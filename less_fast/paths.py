@@ -1,0 +1,279 @@
+"""Paths that may be URLs: ``s3://…``, ``gs://…``, all that fsspec knows; requests that fail are tried again."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+from less_fast.errors import LessFastError
+
+logger = logging.getLogger("less_fast")
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.*", re.IGNORECASE | re.DOTALL)
+_FLATTENED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/).*", re.IGNORECASE | re.DOTALL)
+_LOCAL = ("file", "local")
+# A request is made so often, and before each further time there is a pause: seconds, doubled up to the longest.
+_ATTEMPTS = 6
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+# Answers that another attempt would not change.
+_FINAL = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError),
+    *(NotImplementedError, TypeError, AttributeError),
+)
+_READ_AHEAD = 4 << 20  # bytes of a remote file that are asked for at a time when it is read from front to back
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder that fsspec reaches, with as much of ``pathlib.Path`` as is needed; safe to pickle.
+
+    Requests that fail for reasons that may pass are repeated, with growing pauses. What fails for good is an OSError,
+    whatever the file system's own errors are. A file is written with one request: it appears whole or not at all
+    where the file system does that, as object stores do.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self.url.rstrip("/").rpartition("/")[0])
+
+    def resolve(self) -> RemotePath:
+        """The one spelling of the URL that equal paths share."""
+        return RemotePath(self.url.rstrip("/"))
+
+    def expanduser(self) -> RemotePath:
+        return self
+
+    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
+        """Nothing: folders are made with the first file in them."""
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        """The file system, and the path there."""
+        from fsspec.core import url_to_fs
+
+        place: tuple[Any, str] = url_to_fs(self.url)
+        return place
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    def info(self) -> dict[str, Any]:
+        """What the file system tells of a file or folder: ``size`` in bytes, ``type`` and more."""
+
+        def ask(fs: Any, path: str) -> dict[str, Any]:
+            fs.invalidate_cache(fs._parent(path))
+            found: dict[str, Any] = fs.info(path)
+            return found
+
+        return self._tried(ask)
+
+    def exists(self) -> bool:
+        try:
+            self.info()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_file(self) -> bool:
+        try:
+            return self.info()["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+    def is_dir(self) -> bool:
+        try:
+            return self.info()["type"] == "directory"
+        except FileNotFoundError:
+            return False
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of what lies in a folder, 0 for folders; nothing where there is no such folder."""
+
+        def ask(fs: Any, path: str) -> list[dict[str, Any]]:
+            fs.invalidate_cache(path)
+            found: list[dict[str, Any]] = fs.ls(path, detail=True)
+            return found
+
+        try:
+            entries = self._tried(ask)
+        except FileNotFoundError:
+            return {}
+        names = ((entry["name"].rstrip("/").rpartition("/")[2], int(entry["size"] or 0)) for entry in entries)
+        return {name: size for name, size in names if name and name != self.name}
+
+    def read_bytes(self, start: int | None = None, stop: int | None = None) -> bytes:
+        """The file's bytes, or those from ``start`` on and before ``stop``; fewer where it ends before."""
+
+        def read(fs: Any, path: str) -> bytes:
+            found: bytes = fs.cat_file(path, start=start, end=stop)
+            return found
+
+        return self._tried(read)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the whole file, in place of one that is there."""
+
+        def write(fs: Any, path: str) -> None:
+            try:
+                fs.pipe_file(path, data)
+            except FileNotFoundError:  # folders that have to be made are no matter of object stores
+                fs.makedirs(fs._parent(path), exist_ok=True)
+                fs.pipe_file(path, data)
+
+        self._tried(write)
+
+    def checksum(self) -> int:
+        """A number that changes when the file does, without reading it."""
+
+        def ask(fs: Any, path: str) -> int:
+            fs.invalidate_cache(fs._parent(path))
+            return int(fs.checksum(path))
+
+        return self._tried(ask)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._tried(lambda fs, path: fs.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def open(self, read_ahead: int = _READ_AHEAD) -> BinaryIO:
+        """The file for reading, fetched as it is read, ``read_ahead`` bytes at a time."""
+        return io.BufferedReader(_RemoteFile(self), read_ahead)
+
+    def fetch(self, folder: Path) -> Path:
+        """Copy the file, or the folder with all that it holds, into a local folder; returns where it is then."""
+        target = folder / self.name
+        self._tried(lambda fs, path: fs.get(path, str(target), recursive=fs.isdir(path)))
+        return target
+
+    def _tried(self, request: Callable[[Any, str], _T]) -> _T:
+        fs, path = self._place
+        pause = _FIRST_PAUSE
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return request(fs, path)
+            except _FINAL:
+                raise
+            except Exception as error:  # each file system has errors of its own
+                if attempt == _ATTEMPTS:
+                    raise OSError(
+                        getattr(error, "errno", None) or 0, f"{_first_line(error)}, {attempt} times", self.url
+                    ) from error
+                logger.warning("%s: %s; trying again", self.url, _first_line(error))
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        raise AssertionError
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file's bytes, by ranges."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path = path
+        self._size = int(path.info()["size"])
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._path.read_bytes(self._at, stop)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+AnyPath = Path | RemotePath
+# What is given by users: a URL as a string, or anything that names a local path.
+PathOrUrl = str | os.PathLike[str] | RemotePath
+
+
+def to_path(path: PathOrUrl) -> AnyPath:
+    """The path that a name or a URL stands for; ``file://`` URLs are local.
+
+    Raises LessFastError for a URL that is broken, or of a protocol that no installed package knows.
+    """
+    if isinstance(path, RemotePath):
+        return path
+    text = os.fspath(path)
+    if _URL.fullmatch(text):
+        protocol, _, rest = text.partition("://")
+        if protocol.lower() in _LOCAL:
+            return Path(rest)
+        from fsspec import get_filesystem_class
+
+        try:
+            for name in protocol.split("::"):
+                get_filesystem_class(name)
+        except (ImportError, ValueError) as error:
+            raise LessFastError(f"{text} cannot be reached: {_first_line(error)}") from error
+        return RemotePath(text)
+    if (flattened := _FLATTENED.fullmatch(text)) and _is_protocol(flattened[1]) and not os.path.exists(text):
+        raise LessFastError(f"{text!r} is a URL that has lost a slash, as pathlib.Path does to it; give it as a string")
+    return Path(path)
+
+
+def is_same_file(one: AnyPath, other: AnyPath) -> bool:
+    """Whether two paths are of the same file; False where one of them is of none."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.exists() and other.exists() and one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
+def lies_in(path: AnyPath, folder: AnyPath) -> bool:
+    """Whether a path is, or is below, a folder that is there."""
+    if isinstance(path, Path) and isinstance(folder, Path):
+        return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
+    return f"{path}/".startswith(f"{str(folder).rstrip('/')}/") and folder.is_dir()
+
+
+def _is_protocol(name: str) -> bool:
+    from fsspec import available_protocols
+
+    return name.lower() in available_protocols()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__
