@@ -143,7 +143,10 @@ class RemotePath:
         def write(fs: Any, path: str) -> None:
             try:
                 fs.pipe_file(path, data)
-            except FileNotFoundError:  # folders that have to be made are no matter of object stores
+            except FileNotFoundError:
+                # Where folders have to be made, they are; not so a bucket, which is the first of them.
+                start = len(path) - len(path.lstrip("/"))
+                fs.info(path[:start] + path[start:].partition("/")[0])
                 fs.makedirs(fs._parent(path), exist_ok=True)
                 fs.pipe_file(path, data)
 

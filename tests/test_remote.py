@@ -101,6 +101,15 @@ def test_what_goes_on_failing_ends_as_an_os_error(flaky: Path, monkeypatch: pyte
     assert len(requests(flaky, "cat")) == 6
 
 
+def test_folders_are_made_with_the_first_file_but_no_bucket(flaky: Path) -> None:
+    (to_path(f"flaky://{flaky}") / "a" / "b" / "file").write_bytes(b"x")
+    assert (flaky / "a" / "b" / "file").read_bytes() == b"x"
+    assert "cannot write flaky:///no-such-bucket/s" in refusal(
+        lambda: open_writer("flaky:///no-such-bucket/s", 22, 32)  # type: ignore[arg-type]
+    )
+    assert not Path("/no-such-bucket").exists()
+
+
 # Stores
 
 

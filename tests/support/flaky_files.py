@@ -69,12 +69,14 @@ class FlakyFileSystem(AbstractFileSystem):
     def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
         def write() -> None:
             place = Path(self._strip_protocol(path))
-            place.parent.mkdir(parents=True, exist_ok=True)
             temporary = place.with_name(f".{place.name}.{random.random()}")
             temporary.write_bytes(value)
             temporary.replace(place)
 
         self._request("pipe", path, write)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._request("makedirs", path, lambda: Path(self._strip_protocol(path)).mkdir(parents=True, exist_ok=exist_ok))
 
     def rm_file(self, path: str) -> None:
         self._request("rm", path, lambda: Path(self._strip_protocol(path)).unlink())
