@@ -7,11 +7,14 @@ import logging
 import os
 import random
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, TypeVar
 
 from less_fast.errors import LessFastError
@@ -115,7 +118,18 @@ class RemotePath:
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of what lies in a folder, 0 for folders; nothing where there is no such folder."""
+        return {name: int(entry["size"] or 0) for name, entry in self._entries().items()}
 
+    def files(self) -> list[RemotePath]:
+        """All files in a folder and in its folders."""
+        found = []
+        for name, entry in self._entries().items():
+            if name in (".", ".."):
+                raise LessFastError(f"{self.url} holds something named {name!r}, which no local folder can")
+            found += (self / name).files() if entry["type"] == "directory" else [self / name]
+        return found
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
         def ask(fs: Any, path: str) -> list[dict[str, Any]]:
             fs.invalidate_cache(path)
             found: list[dict[str, Any]] = fs.ls(path, detail=True)
@@ -125,8 +139,10 @@ class RemotePath:
             entries = self._tried(ask)
         except FileNotFoundError:
             return {}
-        names = ((entry["name"].rstrip("/").rpartition("/")[2], int(entry["size"] or 0)) for entry in entries)
-        return {name: size for name, size in names if name and name != self.name}
+        own = self._place[1].rstrip("/")
+        # Object stores may list an empty file that stands for the folder.
+        others = (entry for entry in entries if entry["name"].strip("/") != own.strip("/"))
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in others}
 
     def read_bytes(self, start: int | None = None, stop: int | None = None) -> bytes:
         """The file's bytes, or those from ``start`` on and before ``stop``; fewer where it ends before."""
@@ -171,12 +187,6 @@ class RemotePath:
     def open(self, read_ahead: int = _READ_AHEAD) -> BinaryIO:
         """The file for reading, fetched as it is read, ``read_ahead`` bytes at a time."""
         return io.BufferedReader(_RemoteFile(self), read_ahead)
-
-    def fetch(self, folder: Path) -> Path:
-        """Copy the file, or the folder with all that it holds, into a local folder; returns where it is then."""
-        target = folder / self.name
-        self._tried(lambda fs, path: fs.get(path, str(target), recursive=fs.isdir(path)))
-        return target
 
     def _tried(self, request: Callable[[Any, str], _T]) -> _T:
         fs, path = self._place
@@ -256,6 +266,25 @@ def to_path(path: PathOrUrl) -> AnyPath:
     if (flattened := _FLATTENED.fullmatch(text)) and _is_protocol(flattened[1]) and not os.path.exists(text):
         raise LessFastError(f"{text!r} is a URL that has lost a slash, as pathlib.Path does to it; give it as a string")
     return Path(path)
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Within the block, a folder with what is at a URL; anything else, names on the hub included, stays as it is."""
+    place = to_path(path) if "://" in path else None
+    if not isinstance(place, RemotePath):
+        yield path
+        return
+    files = place.files()
+    if not files:
+        raise LessFastError(f"{path}: there is no such folder, or it is empty")
+    with TemporaryDirectory(prefix="less_fast-") as folder:
+        for file in files:
+            target = Path(folder, *file.url.removeprefix(place.url).strip("/").split("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with file.open() as source, open(target, "wb") as copy:
+                shutil.copyfileobj(source, copy, _READ_AHEAD)
+        yield folder
 
 
 def is_same_file(one: AnyPath, other: AnyPath) -> bool:

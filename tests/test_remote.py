@@ -251,6 +251,19 @@ def test_a_shard_that_cannot_be_written_ends_the_job_and_the_finished_ones_stay(
         assert writer.pending() == [2, 3, 4, 5]
 
 
+def test_a_folder_at_a_url_is_there_as_long_as_it_is_used(flaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "deep/er/file", "empty"):
+        (flaky / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (flaky / "model" / name).write_bytes(b"" if name == "empty" else name.encode() * 3)
+    monkeypatch.setenv(flaky_files.RATE, "0.2")
+    with paths.local_copy(f"flaky://{flaky}/model/") as folder:
+        assert contents(Path(folder)) == contents(flaky / "model")
+    assert not Path(folder).exists()
+    with paths.local_copy("owner/name") as same:
+        assert same == "owner/name"
+    assert "there is no such folder" in refusal(lambda: paths.local_copy(f"flaky://{flaky}/none").__enter__())
+
+
 # Examples
 
 
