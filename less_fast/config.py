@@ -315,6 +315,7 @@ def _check_ranges(config: RunConfig) -> None:
         if not holds:
             raise LessFastError(f"setting {name} is {getattr(config, name)!r}; expected {expected}")
 
+    require("out", "://" not in config.out, "a folder of this machine (extract, score and select write to URLs)")
     for name in _AT_LEAST_1:
         value = getattr(config, name)
         require(name, not isinstance(value, int) or value >= 1, "at least 1")
