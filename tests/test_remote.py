@@ -321,8 +321,9 @@ def test_the_commands_work_on_urls_as_on_folders(inputs: Path, flaky: Path, monk
 
 
 def test_a_run_reads_from_urls_and_writes_to_a_folder(inputs: Path, flaky: Path) -> None:
-    arguments = ["run", "--model", inputs / "model", "--train", inputs / "pool.jsonl", "--target", inputs / "sums.jsonl"]
-    assert "setting out is 'flaky:///x'; expected a folder" in refused(*arguments, "--out", "flaky:///x")
+    pool, target = inputs / "pool.jsonl", inputs / "sums.jsonl"
+    message = refused("run", "--model", inputs / "model", "--train", pool, "--target", target, "--out", "flaky:///x")
+    assert "setting out is 'flaky:///x'; expected a folder" in message
 
 
 def test_two_commands_on_one_url_by_mistake_make_one_store(inputs: Path, tmp_path: Path) -> None:
