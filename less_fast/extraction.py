@@ -18,9 +18,9 @@ from torch import nn
 from less_fast.data import Encoded, Examples, encode_all, load_examples
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor, Output
+from less_fast.in_step import ranks_of
 from less_fast.model.budget import auto_token_budget
 from less_fast.model.compiled import compiled
-from less_fast.model.devices import is_sharded
 from less_fast.model.load import check_vocabulary, fingerprint, load_tokenizer
 from less_fast.model.packed import Packing
 from less_fast.optim.adam import Precondition, precondition_facts
@@ -28,7 +28,6 @@ from less_fast.paths import PathOrUrl, RemotePath, to_path
 from less_fast.projection import Projection
 from less_fast.shard_job import ShardJob
 from less_fast.store import FeatureStore, Rows, Status, StoreWriter
-from less_fast.workers import Worker
 
 logger = logging.getLogger("less_fast")
 
@@ -94,18 +93,15 @@ def extract_many(
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
     shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
         taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
-        and with ``shard_range``.
+        and with ``shard_range``. The ranks that hold a sharded model together make every shard together: they count
+        as one process, of which one rank writes.
     shard_range : make only shards [first, last); the stores that are returned may then miss others.
     progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
     """
-    worker = Worker.from_environment()
+    ranks = ranks_of(model)
+    worker = ranks.worker
     if shared is None:
         shared = worker.size > 1 or shard_range is not None
-    if shared and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise LessFastError(
-            "the model is sharded over processes, which then make every batch together and can't share out the shards "
-            "of a store; call FeatureExtractor on all of them, or load the model with device_map='auto' in one"
-        )
     examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
     path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if tokenizer is None and not path:
@@ -115,11 +111,6 @@ def extract_many(
     if len({to_path(out).resolve() for out in outputs}) < len(outputs):
         raise LessFastError("two outputs have the same folder; give each its own")
     encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
-    if is_sharded(model):
-        raise LessFastError(
-            "the model is sharded by FSDP2, whose ranks have to compute in step, and shards of a store are made one by "
-            "one; use FeatureExtractor with the same number of batches on every rank, or a model that fits each device"
-        )
     extractor = MultiFeatureExtractor(
         model,
         list(outputs.values()),
@@ -128,7 +119,7 @@ def extract_many(
         packing=packing,
         checkpoint_activations=checkpoint_activations,
     )
-    main = worker.rank == 0
+    main = worker.rank == 0 and ranks.leads
     if main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
             "the C++ module is not installed, so features are computed in torch alone: see 'less-fast doctor'"
@@ -138,6 +129,7 @@ def extract_many(
         budget = auto_token_budget(
             model, extractor.sites, extractor.device, max_length, checkpointed=checkpoint_activations
         )
+        budget = min(ranks.all(budget))
     if not isinstance(budget, int) or budget < 1:
         raise LessFastError(f"token_budget is {token_budget!r}; expected 'auto' or a positive number of tokens")
     facts = {
@@ -157,6 +149,17 @@ def extract_many(
         },
         "versions": versions(extractor.device),
     }
+    kinds = [
+        {
+            "projection": output.projection.to_dict(),
+            "precondition": precondition_facts(output.precondition),
+            "backend": used,
+            "reduced_from": source.to_dict() if source != output.projection else None,
+        }
+        for output, used, source in zip(outputs.values(), extractor.backends(), extractor.computed())
+    ]
+    made = dict(zip(map(str, outputs), kinds))
+    ranks.check_same({**facts, "outputs": made, "dtype": dtype, "shard_size": shard_size, "shared": shared})
 
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
@@ -164,34 +167,31 @@ def extract_many(
     shards = _shards(shard_range, -(-len(examples) // shard_size)) if shard_size > 0 else None
     rows = Rows(examples.ids, examples.datasets, examples.subtasks)
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                StoreWriter(
-                    path,
-                    {
-                        **facts,
-                        "projection": output.projection.to_dict(),
-                        "precondition": precondition_facts(output.precondition),
-                        "backend": used,
-                        "reduced_from": source.to_dict() if source != output.projection else None,
-                    },
-                    rows,
-                    dim=output.projection.dim,
-                    dtype=dtype,
-                    shard_size=shard_size,
-                    shared=shared,
+        with ranks.failing_together():
+            writers = [
+                stack.enter_context(
+                    StoreWriter(
+                        path,
+                        {**facts, **kind},
+                        rows,
+                        dim=output.projection.dim,
+                        dtype=dtype,
+                        shard_size=shard_size,
+                        shared=shared,
+                    )
                 )
-            )
-            for (path, output), used, source in zip(outputs.items(), extractor.backends(), extractor.computed())
-        ]
+                for (path, output), kind in zip(outputs.items(), kinds)
+                if ranks.leads
+            ]
         if compile_model:
             stack.enter_context(compiled(model, extractor.sites))
         # Nobody can claim the shards of a remote store: those that make one begin at different places.
         remote = any(isinstance(writer.path, RemotePath) for writer in writers)
-        ShardJob(extractor, len(examples), encode, budget).run(
+        ShardJob(extractor, len(examples), encode, budget, ranks).run(
             writers, progress and main, shards=shards, start=random.random() if remote else worker.start
         )
-        stores = {path: writer.close(allow_partial=shards is not None) for path, writer in zip(outputs, writers)}
+    ranks.close()
+    stores = {path: FeatureStore(path, allow_partial=shards is not None) for path in outputs}
     if main:
         _report(next(iter(stores.values())))
     return stores

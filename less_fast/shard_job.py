@@ -22,6 +22,7 @@ from less_fast.ahead import ahead
 from less_fast.data import Encoded, collate, plan_batches
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor
+from less_fast.in_step import Alone, Ranks, Size
 from less_fast.model.budget import is_out_of_memory
 from less_fast.progress import progress_bar
 from less_fast.store import Status, StoreWriter
@@ -55,17 +56,24 @@ class ShardJob:
 
     ``encode``: the tokens of consecutive examples; called in a thread of its own. Padding is token 0: it is neither
     attended to nor in the loss. ``budget``: tokens a batch may have; halved for a shard that finds no memory.
+    ``ranks``: those that make every shard in step, each with a job of its own; writers are the leader's alone.
     """
 
     def __init__(
-        self, extractor: MultiFeatureExtractor, n_examples: int, encode: Callable[[range], list[Encoded]], budget: int
+        self,
+        extractor: MultiFeatureExtractor,
+        n_examples: int,
+        encode: Callable[[range], list[Encoded]],
+        budget: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.extractor = extractor
         self.n_examples = n_examples
         self.encode = encode
         self.budget = budget
-        self._batch: tuple[int, ...] = ()
-        self._too_large: set[tuple[int, ...]] = set()
+        self.ranks = ranks or Alone()
+        self._batch: Size = (0, 0, 0)
+        self._too_large: set[Size] = set()
 
     def run(
         self, writers: Sequence[StoreWriter], progress: bool, *, shards: range | None = None, start: float = 0.0
@@ -75,11 +83,12 @@ class ShardJob:
         Where the writers are shared, other processes make what they can claim; ``start``, 0 to 1, is where in the
         shards this one begins. What a process leaves behind that ends is made here.
         """
-        missing = missing_shards(writers, shards)
-        first, made = set(missing), set[int]()
 
-        def rows(shard: int) -> range:
-            return range(*writers[0].bounds(shard))
+        def missing_now() -> list[int]:
+            return self.ranks.from_leader(lambda: missing_shards(writers, shards))
+
+        missing, rows = missing_now(), self._windows(writers)
+        first, made = set(missing), set[int]()
 
         def elsewhere(missing: Iterable[int]) -> int:
             return sum(len(rows(shard)) for shard in first.difference(made, missing))
@@ -100,7 +109,7 @@ class ShardJob:
                         made.add(claim.shard)
                         if progress:
                             meter.see_others(elsewhere(missing_shards(writers, shards)))
-                missing = missing_shards(writers, shards)
+                missing = missing_now()
                 meter.see_others(elsewhere(missing))
                 if missing and len(made) == n_made:  # all that is missing is in the making elsewhere
                     time.sleep(_POLL_SECONDS)
@@ -125,6 +134,11 @@ class ShardJob:
             deque(claims, maxlen=0)
         return entries
 
+    def _windows(self, writers: Sequence[StoreWriter]) -> Callable[[int], range]:
+        """The rows of a shard by its number, on ranks without writers too."""
+        size = self.ranks.from_leader(lambda: writers[0].bounds(0)[1])
+        return lambda shard: range(shard * size, min((shard + 1) * size, self.n_examples))
+
     def _make(
         self,
         writers: Sequence[StoreWriter],
@@ -133,17 +147,20 @@ class ShardJob:
         meter: _TokenMeter,
     ) -> Generator[Claim, None, None]:
         """Claim and make one shard after the other, each yielded when it is begun; all are written at the end."""
+        rows = self._windows(writers)
+
+        def encoded_of(claim: Claim) -> tuple[Claim, list[Encoded]]:
+            return claim, self.encode(rows(claim.shard))
+
         with (
             BackgroundWriter() as background,
             ThreadPoolExecutor(1, "less_fast-tokenizer") as tokenizing,
             ThreadPoolExecutor(1, "less_fast-collator") as collating,
         ):
-            for claim, encoded in ahead(tokenizing, self._encoded, claim_shards(writers, shards)):
+            claims = self.ranks.claims(claim_shards(writers, shards))
+            for claim, encoded in ahead(tokenizing, encoded_of, claims):
                 yield claim
                 background.submit(partial(write, claim, self._features(encoded, collating, meter)))
-
-    def _encoded(self, claim: Claim) -> tuple[Claim, list[Encoded]]:
-        return claim, self.encode(range(*claim.writers[0].bounds(claim.shard)))
 
     def _features(self, encoded: Sequence[Encoded], collating: ThreadPoolExecutor, meter: _TokenMeter) -> MadeShard:
         """The shard of these examples; batches are halved till they fit.
@@ -178,9 +195,10 @@ class ShardJob:
                             f"out of memory on {self.extractor.device} with a single example of {longest} tokens; use "
                             "a smaller max_length, a smaller dtype or a larger device (finished shards are kept)"
                         ) from error
-                    self._too_large.add(self._batch)
+                    self._too_large |= self.ranks.too_large(self._batch)
                 meter.rewind(done_before)
-                logger.warning("out of memory: the token budget is now %d for this shard, done anew", budget // 2)
+                if self.ranks.leads:
+                    logger.warning("out of memory: the token budget is now %d for this shard, done anew", budget // 2)
                 if self.extractor.device.type == "cuda":
                     torch.cuda.empty_cache()
             budget //= 2
@@ -216,23 +234,27 @@ class ShardJob:
             return batch, collate([encoded[i] for i in batch], pad_id=0)
 
         in_flight: deque[tuple[list[int], Tensor, Fetch]] = deque()
-        for batch, tensors in ahead(collating, collated, batches):
+        own = self.ranks.deal(batches)
+        for batch, tensors in ahead(collating, collated, own):
             self._batch = _size(batch, lengths)
-            result = self.extractor(tensors)
-            in_flight.append((batch, result.n_labels, Fetch([result.losses, *result.features])))
+            result = self.ranks.compute(self.extractor, tensors, self._batch)
+            if result is not None:
+                in_flight.append((batch, result.n_labels, Fetch([result.losses, *result.features])))
             if len(in_flight) > _IN_FLIGHT:
                 store(*in_flight.popleft())
         while in_flight:
             store(*in_flight.popleft())
+        others = self.ranks.collect([status, *features], [i for batch in own for i in batch])
+        meter.update(len(others), sum(lengths[i] for i in others))
         for array in features:
             array[status != Status.OK] = 0.0
         return features, status
 
 
-def _size(batch: Sequence[int], lengths: Sequence[int]) -> tuple[int, int, int]:
+def _size(batch: Sequence[int], lengths: Sequence[int]) -> Size:
     """What a batch's memory grows with: its examples, their tokens, and the longest one's."""
     tokens = [lengths[i] for i in batch]
-    return len(batch), sum(tokens), max(tokens)
+    return len(batch), sum(tokens), max(tokens, default=0)
 
 
 class _TokenMeter:

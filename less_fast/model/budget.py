@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from less_fast.model.devices import is_sharded, sharded_bytes
 from less_fast.model.sites import Site
 
 # On a CPU larger batches bring no speed once the matrix products are large (benchmarks/overhead.py).
@@ -32,9 +33,12 @@ def auto_token_budget(
     """
     if device.type != "cuda":
         return max(_CPU_TOKENS, max_length)
-    # Layers on other devices, and weights that are fetched for each call, leave this one's memory alone.
-    here = [p for p in model.parameters() if not p.is_meta and p.get_device() in (-1, device.index or 0)]
-    weights = sum(p.numel() * p.element_size() for p in here)
+    if is_sharded(model):
+        weights = sharded_bytes(model)
+    else:
+        # Layers on other devices, and weights that are fetched for each call, leave this one's memory alone.
+        here = [p for p in model.parameters() if not p.is_meta and p.get_device() in (-1, device.index or 0)]
+        weights = sum(p.numel() * p.element_size() for p in here)
     tables = sum(8 * site.module.get_parameter("weight").numel() for site in sites)
     free = torch.cuda.get_device_properties(device).total_memory - weights - tables
     tokens = max(256, min(_MOST_TOKENS, int(_SHARE * free / bytes_per_token(model, sites, checkpointed))))

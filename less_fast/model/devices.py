@@ -28,13 +28,44 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if place is None else torch.device(place)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` has spread the weights over ranks, which then compute in step."""
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2's ``fully_shard`` was called on, outermost first."""
     if not torch.distributed.is_available():
-        return False
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` has spread the weights over ranks, which then compute in step."""
+    return bool(sharded_modules(model))
+
+
+def sharded_bytes(model: nn.Module) -> int:
+    """What a rank of a sharded model holds of its weights at most: its shards, and what is gathered at the same time.
+
+    Gathered are the outermost module's own weights for the whole of a pass, and those of two others: the one that
+    computes and the next.
+    """
+    modules = sharded_modules(model)
+    owners: dict[nn.Parameter, int] = {}  # the innermost module that holds it, by number
+    for number, module in enumerate(modules):
+        module.reshard()  # a forward pass alone leaves weights gathered
+        owners.update(dict.fromkeys(module.parameters(), number))
+    gathered, shards = [0] * len(modules), 0
+    for parameter in model.parameters():
+        shard: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        shards += shard.numel() * shard.element_size()
+        if parameter in owners:
+            gathered[owners[parameter]] += parameter.numel() * parameter.element_size()
+    return shards + gathered[0] + sum(sorted(gathered[1:])[-2:])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what the ranks that hold its parts gather of it, in step."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def fetched(model: nn.Module, name: str) -> Tensor:

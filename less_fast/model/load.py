@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from less_fast.errors import LessFastError
-from less_fast.model.devices import execution_device, fetched
+from less_fast.model.devices import execution_device, fetched, whole
 from less_fast.model.quantized import quantization_config
 from less_fast.model.sites import embedding_rows
 
@@ -163,7 +163,7 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, where: str) -> None:
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """``model``: the configuration and names, shapes and 64 evenly spaced values of every base weight.
 
-    ``adapter``: every LoRA value, and the scaling of every adapter.
+    ``adapter``: every LoRA value, and the scaling of every adapter. A call on every rank of a sharded model.
     """
     base, adapter = hashlib.sha256(), hashlib.sha256()
     config: Any = getattr(model, "config", None)
@@ -179,7 +179,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if not isinstance(parameter, torch.Tensor):
             continue
         is_adapter = "lora_" in name
-        flat = (fetched(model, name) if parameter.is_meta else parameter.detach()).reshape(-1)
+        flat = whole(fetched(model, name) if parameter.is_meta else parameter.detach()).reshape(-1)
         if not is_adapter and flat.numel() > 64:
             flat = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)]
         target = adapter if is_adapter else base
