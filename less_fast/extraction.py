@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,33 @@ def extract(
         is the same bit for bit. Where it holds anything else, LessFastError says what differs.
     projection : default ``Projection("srht", 8192)``.
     precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
-    settings : the keyword arguments of :func:`extract_many`.
+    settings : the keyword arguments of :func:`extract_many` and :func:`prepare`.
     """
     output = Output(projection or Projection(), precondition)
     return extract_many(model, dataset, {out: output}, **settings)[out]
 
 
-def extract_many(
+@dataclass(frozen=True)
+class Extraction:
+    """What makes the shards of several stores of the same examples.
+
+    ``writers``: for every store, its folder and the keyword arguments of its :class:`StoreWriter`. ``scope``: a context
+    that the shards are made within.
+    """
+
+    job: ShardJob
+    n_shards: int
+    writers: list[tuple[str | Path, dict[str, Any]]]
+    scope: AbstractContextManager[Any]
+
+    def open(self, stack: ExitStack, *, shared: bool) -> list[StoreWriter]:
+        """The stores in order, to be written to until the stack is left."""
+        writers = [stack.enter_context(StoreWriter(path, **made, shared=shared)) for path, made in self.writers]
+        stack.enter_context(self.scope)
+        return writers
+
+
+def prepare(
     model: nn.Module,
     dataset: Examples | str | Path | Any,
     outputs: Mapping[str | Path, Output],
@@ -73,11 +94,8 @@ def extract_many(
     packing: Packing = "auto",
     compile_model: bool = False,
     checkpoint_activations: bool = False,
-    shared: bool | None = None,
-    shard_range: tuple[int, int] | None = None,
-    progress: bool = True,
-) -> dict[str | Path, FeatureStore]:
-    """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
+) -> Extraction:
+    """Check all that :func:`extract_many` is given, before any shard is made.
 
     Parameters
     ----------
@@ -91,20 +109,7 @@ def extract_many(
     shard_size : examples a shard holds; the unit of work, resume and checksums. Lengths are sorted within it.
     targets, backend, packing, checkpoint_activations : as for :class:`~less_fast.FeatureExtractor`.
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
-    shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
-        taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
-        and with ``shard_range``.
-    shard_range : make only shards [first, last); the stores that are returned may then miss others.
-    progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
     """
-    worker = Worker.from_environment()
-    if shared is None:
-        shared = worker.size > 1 or shard_range is not None
-    if shared and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise LessFastError(
-            "the model is sharded over processes, which then make every batch together and can't share out the shards "
-            "of a store; call FeatureExtractor on all of them, or load the model with device_map='auto' in one"
-        )
     examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
     path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if tokenizer is None and not path:
@@ -127,7 +132,7 @@ def extract_many(
         packing=packing,
         checkpoint_activations=checkpoint_activations,
     )
-    main = worker.rank == 0
+    main = Worker.from_environment().rank == 0
     if main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
             "the C++ module is not installed, so features are computed in torch alone: see 'less-fast doctor'"
@@ -160,42 +165,79 @@ def extract_many(
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
 
-    shards = _shards(shard_range, -(-len(examples) // shard_size)) if shard_size > 0 else None
     rows = Rows(examples.ids, examples.datasets, examples.subtasks)
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                StoreWriter(
-                    path,
-                    {
-                        **facts,
-                        "projection": output.projection.to_dict(),
-                        "precondition": precondition_facts(output.precondition),
-                        "backend": used,
-                        "reduced_from": source.to_dict() if source != output.projection else None,
-                    },
-                    rows,
-                    dim=output.projection.dim,
-                    dtype=dtype,
-                    shard_size=shard_size,
-                    shared=shared,
-                )
-            )
-            for (path, output), used, source in zip(outputs.items(), extractor.backends(), extractor.computed())
-        ]
-        if compile_model:
-            stack.enter_context(compiled(model, extractor.sites))
-        ShardJob(extractor, len(examples), encode, budget).run(
-            writers, progress and main, shards=shards, start=worker.start
+    writers = [
+        (
+            path,
+            {
+                "facts": {
+                    **facts,
+                    "projection": output.projection.to_dict(),
+                    "precondition": precondition_facts(output.precondition),
+                    "backend": used,
+                    "reduced_from": source.to_dict() if source != output.projection else None,
+                },
+                "rows": rows,
+                "dim": output.projection.dim,
+                "dtype": dtype,
+                "shard_size": shard_size,
+            },
         )
+        for (path, output), used, source in zip(outputs.items(), extractor.backends(), extractor.computed())
+    ]
+    return Extraction(
+        ShardJob(extractor, len(examples), encode, budget),
+        -(-len(examples) // shard_size) if shard_size > 0 else 0,
+        writers,
+        compiled(model, extractor.sites) if compile_model else nullcontext(),
+    )
+
+
+def extract_many(
+    model: nn.Module,
+    dataset: Examples | str | Path | Any,
+    outputs: Mapping[str | Path, Output],
+    *,
+    shared: bool | None = None,
+    shard_range: tuple[int, int] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str | Path, FeatureStore]:
+    """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
+
+    Parameters
+    ----------
+    outputs : store folder -> :class:`~less_fast.features.Output`.
+    shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
+        taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
+        and with ``shard_range``.
+    shard_range : make only shards [first, last); the stores that are returned may then miss others.
+    progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
+    settings : the keyword arguments of :func:`prepare`.
+    """
+    worker = Worker.from_environment()
+    if shared is None:
+        shared = worker.size > 1 or shard_range is not None
+    if shared and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise LessFastError(
+            "the model is sharded over processes, which then make every batch together and can't share out the shards "
+            "of a store; call FeatureExtractor on all of them, or load the model with device_map='auto' in one"
+        )
+    extraction = prepare(model, dataset, outputs, **settings)
+    shards = shard_window(shard_range, extraction.n_shards)
+    main = worker.rank == 0
+    with ExitStack() as stack:
+        writers = extraction.open(stack, shared=shared)
+        extraction.job.run(writers, progress and main, shards=shards, start=worker.start)
         stores = {path: writer.close(allow_partial=shards is not None) for path, writer in zip(outputs, writers)}
     if main:
-        _report(next(iter(stores.values())))
+        tell_of_rows(next(iter(stores.values())))
     return stores
 
 
-def _shards(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:
-    if shard_range is None:
+def shard_window(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:
+    """The shards that ``shard_range`` means; raises LessFastError where there are none."""
+    if shard_range is None or not n_shards:
         return None
     first, last = shard_range
     if not 0 <= first < min(last, n_shards):
@@ -232,7 +274,8 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _report(store: FeatureStore) -> None:
+def tell_of_rows(store: FeatureStore) -> None:
+    """Log what is to be known of the rows: those that were cut, and those that can't be selected."""
     truncated = sum(_column(store, "truncated"))
     if truncated:
         logger.warning("%d of %d examples were cut to max_length", truncated, len(store))
