@@ -173,7 +173,7 @@ def test_refusals(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "no.jsonl: no such file" in refused("extract", *data)
     with monkeypatch.context() as patch:
         patch.setattr(ray, "is_initialized", lambda: False)
-        assert "cannot use the Ray cluster at '127.0.0.1:1'" in message(*on_ray, "--ray-address", "127.0.0.1:1")
+        assert "no Ray cluster at '127.0.0.1:1'" in message(*on_ray, "--ray-address", "127.0.0.1:1")
         imported = builtins.__import__
 
         def without_ray(name: str, *arguments: Any) -> Any:
@@ -211,10 +211,10 @@ def test_interrupting_a_run_ends_its_actors(tmp_path: Path) -> None:
     assert 0 < there < 20
 
 
-ROUNDS = [{"actors": 2, "drivers": 2}, {"actors": 25, "drivers": 25}]
+ROUNDS = [{"actors": 2, "drivers": 1}, {"actors": 25, "drivers": 25}]
 
 
-@pytest.mark.parametrize("rounds", [ROUNDS[0], pytest.param(ROUNDS[1], marks=pytest.mark.heavy)], ids=["4", "50"])
+@pytest.mark.parametrize("rounds", [ROUNDS[0], pytest.param(ROUNDS[1], marks=pytest.mark.heavy)], ids=["3", "50"])
 @pytest.mark.timeout(3600)
 def test_killed_actors_and_drivers_lose_nothing_and_nothing_is_made_twice(
     tmp_path: Path, rounds: dict[str, int]
@@ -230,4 +230,4 @@ def test_killed_actors_and_drivers_lose_nothing_and_nothing_is_made_twice(
     results = json.loads(output.stdout.splitlines()[-1])
     assert {mode: result["wrong"] for mode, result in results.items()} == {mode: {} for mode in rounds}
     assert results["actors"]["killed"] >= rounds["actors"]
-    assert results["drivers"]["killed"] >= rounds["drivers"] // 2
+    assert results["drivers"]["killed"] >= max(1, rounds["drivers"] // 2)
