@@ -7,7 +7,8 @@ import importlib.util
 import logging
 import random
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from less_fast.data import Encoded, Examples, encode_all, load_examples
 from less_fast.errors import LessFastError
 from less_fast.features import MultiFeatureExtractor, Output
-from less_fast.in_step import ranks_of
+from less_fast.in_step import Ranks, ranks_of
 from less_fast.model.budget import auto_token_budget
 from less_fast.model.compiled import compiled
 from less_fast.model.load import check_vocabulary, fingerprint, load_tokenizer
@@ -51,13 +52,36 @@ def extract(
         rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
     projection : default ``Projection("srht", 8192)``.
     precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
-    settings : the keyword arguments of :func:`extract_many`.
+    settings : the keyword arguments of :func:`extract_many` and :func:`prepare`.
     """
     output = Output(projection or Projection(), precondition)
     return extract_many(model, dataset, {out: output}, **settings)[out]
 
 
-def extract_many(
+@dataclass(frozen=True)
+class Extraction:
+    """What makes the shards of several stores of the same examples.
+
+    ``writers``: for every store, its folder and the keyword arguments of its :class:`StoreWriter`. ``scope``: a context
+    that the shards are made within.
+    """
+
+    job: ShardJob
+    ranks: Ranks
+    n_shards: int
+    writers: list[tuple[PathOrUrl, dict[str, Any]]]
+    scope: AbstractContextManager[Any]
+
+    def open(self, stack: ExitStack, *, shared: bool) -> list[StoreWriter]:
+        """The stores in order, to be written to until the stack is left; none on ranks that leave it to another."""
+        own = self.writers if self.ranks.leads else []
+        with self.ranks.failing_together():
+            writers = [stack.enter_context(StoreWriter(path, **made, shared=shared)) for path, made in own]
+        stack.enter_context(self.scope)
+        return writers
+
+
+def prepare(
     model: nn.Module,
     dataset: Examples | PathOrUrl | Any,
     outputs: Mapping[PathOrUrl, Output],
@@ -73,11 +97,8 @@ def extract_many(
     packing: Packing = "auto",
     compile_model: bool = False,
     checkpoint_activations: bool = False,
-    shared: bool | None = None,
-    shard_range: tuple[int, int] | None = None,
-    progress: bool = True,
-) -> dict[PathOrUrl, FeatureStore]:
-    """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
+) -> Extraction:
+    """Check all that :func:`extract_many` is given, before any shard is made.
 
     Parameters
     ----------
@@ -91,17 +112,8 @@ def extract_many(
     shard_size : examples a shard holds; the unit of work, resume and checksums. Lengths are sorted within it.
     targets, backend, packing, checkpoint_activations : as for :class:`~less_fast.FeatureExtractor`.
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
-    shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
-        taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
-        and with ``shard_range``. The ranks that hold a sharded model together make every shard together: they count
-        as one process, of which one rank writes.
-    shard_range : make only shards [first, last); the stores that are returned may then miss others.
-    progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
     """
     ranks = ranks_of(model)
-    worker = ranks.worker
-    if shared is None:
-        shared = worker.size > 1 or shard_range is not None
     examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
     path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if tokenizer is None and not path:
@@ -119,8 +131,7 @@ def extract_many(
         packing=packing,
         checkpoint_activations=checkpoint_activations,
     )
-    main = worker.rank == 0 and ranks.leads
-    if main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
+    if ranks.main and backend == "auto" and extractor.device.type == "cpu" and "reference" in extractor.backends():
         logger.warning(
             "the C++ module is not installed, so features are computed in torch alone: see 'less-fast doctor'"
         )
@@ -158,47 +169,70 @@ def extract_many(
         }
         for output, used, source in zip(outputs.values(), extractor.backends(), extractor.computed())
     ]
-    made = dict(zip(map(str, outputs), kinds))
-    ranks.check_same({**facts, "outputs": made, "dtype": dtype, "shard_size": shard_size, "shared": shared})
+    form = {"dtype": dtype, "shard_size": shard_size}
+    ranks.check_same({**facts, **form, "outputs": dict(zip(map(str, outputs), kinds))})
 
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
 
-    shards = _shards(shard_range, -(-len(examples) // shard_size)) if shard_size > 0 else None
     rows = Rows(examples.ids, examples.datasets, examples.subtasks)
+    return Extraction(
+        ShardJob(extractor, len(examples), encode, budget, ranks),
+        ranks,
+        -(-len(examples) // shard_size) if shard_size > 0 else 0,
+        [
+            (path, {"facts": {**facts, **kind}, "rows": rows, "dim": output.projection.dim, **form})
+            for (path, output), kind in zip(outputs.items(), kinds)
+        ],
+        compiled(model, extractor.sites) if compile_model else nullcontext(),
+    )
+
+
+def extract_many(
+    model: nn.Module,
+    dataset: Examples | PathOrUrl | Any,
+    outputs: Mapping[PathOrUrl, Output],
+    *,
+    shared: bool | None = None,
+    shard_range: tuple[int, int] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[PathOrUrl, FeatureStore]:
+    """Several kinds of features (dims, preconditioners) of a dataset in one pass, each in a store of its own.
+
+    Parameters
+    ----------
+    outputs : store folder or URL -> :class:`~less_fast.features.Output`.
+    shared : make the stores together with other processes that do the same call. Each takes shards that nobody has
+        taken yet, and those of processes that end; all return when the stores are whole. Default: under ``torchrun``,
+        and with ``shard_range``. The ranks that hold a sharded model together make every shard together: they count
+        as one process, of which one rank writes.
+    shard_range : make only shards [first, last); the stores that are returned may then miss others.
+    progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
+    settings : the keyword arguments of :func:`prepare`.
+    """
+    extraction = prepare(model, dataset, outputs, **settings)
+    ranks = extraction.ranks
+    if shared is None:
+        shared = ranks.worker.size > 1 or shard_range is not None
+    ranks.check_same({"shared": shared, "shard_range": shard_range})
+    shards = shard_window(shard_range, extraction.n_shards)
     with ExitStack() as stack:
-        with ranks.failing_together():
-            writers = [
-                stack.enter_context(
-                    StoreWriter(
-                        path,
-                        {**facts, **kind},
-                        rows,
-                        dim=output.projection.dim,
-                        dtype=dtype,
-                        shard_size=shard_size,
-                        shared=shared,
-                    )
-                )
-                for (path, output), kind in zip(outputs.items(), kinds)
-                if ranks.leads
-            ]
-        if compile_model:
-            stack.enter_context(compiled(model, extractor.sites))
+        writers = extraction.open(stack, shared=shared)
         # Nobody can claim the shards of a remote store: those that make one begin at different places.
         remote = any(isinstance(writer.path, RemotePath) for writer in writers)
-        ShardJob(extractor, len(examples), encode, budget, ranks).run(
-            writers, progress and main, shards=shards, start=random.random() if remote else worker.start
-        )
+        start = random.random() if remote else ranks.worker.start
+        extraction.job.run(writers, progress and ranks.main, shards=shards, start=start)
     ranks.close()
     stores = {path: FeatureStore(path, allow_partial=shards is not None) for path in outputs}
-    if main:
-        _report(next(iter(stores.values())))
+    if ranks.main:
+        tell_of_rows(next(iter(stores.values())))
     return stores
 
 
-def _shards(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:
-    if shard_range is None:
+def shard_window(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:
+    """The shards that ``shard_range`` means; raises LessFastError where there are none."""
+    if shard_range is None or not n_shards:
         return None
     first, last = shard_range
     if not 0 <= first < min(last, n_shards):
@@ -235,7 +269,8 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _report(store: FeatureStore) -> None:
+def tell_of_rows(store: FeatureStore) -> None:
+    """Log what is to be known of the rows: those that were cut, and those that can't be selected."""
     truncated = sum(_column(store, "truncated"))
     if truncated:
         logger.warning("%d of %d examples were cut to max_length", truncated, len(store))

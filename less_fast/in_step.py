@@ -33,6 +33,7 @@ class Alone:
 
     def __init__(self, worker: Worker | None = None) -> None:
         self.worker = worker or Worker()
+        self.main = self.worker.rank == 0  # the one of all processes that shows progress and tells of the result
 
     def all(self, value: _Value) -> list[_Value]:
         """The value of every rank."""
@@ -97,6 +98,7 @@ class InStep:
         self.leads = self._rank == 0
         # Replicas are told apart by the first of their ranks, which need not follow each other.
         self.worker = Worker(ranks[0], 0, dist.get_world_size() - len(ranks) + 1)
+        self.main = self.leads and self.worker.rank == 0
         self._gathers = _Gathers(model)
         self._too_large: list[Size] = []
         self._agreed: set[Size] = set()

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from less_fast.cli.output import only_results_on_stdout, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
-from less_fast.paths import PathOrUrl, to_path
-from less_fast.workers import Worker
 
 if TYPE_CHECKING:
-    from less_fast.model.packed import Packing
     from less_fast.store import FeatureStore
 
+_ENGINES = ("process", "ray")
 _PRECONDITIONS = ("adam", "sgd", "sign")
 _STORE_DTYPES = "float32|float16|bfloat16|int8|1bit"
 
@@ -109,6 +107,21 @@ def _extract(
     shard_range: Annotated[
         str | None, typer.Option(help="Make only shards A to B - 1, and leave the rest to others.", metavar="A:B")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What runs it: this process, or Ray Data's actors.", metavar="process|ray")
+    ] = "process",
+    actors: Annotated[
+        str | None,
+        typer.Option(
+            help="Actors that Ray runs, or the fewest and the most.",
+            metavar="N|MIN:MAX",
+            show_default="one for each GPU; without GPUs, for each machine",
+        ),
+    ] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="GPUs of each actor.", show_default="1 if any")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to run on.", show_default="RAY_ADDRESS, or this machine alone")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -126,51 +139,69 @@ def _extract(
     window = re.fullmatch(r"(\d+):(\d+)", shard_range) if shard_range is not None else None
     if shard_range is not None and window is None:
         raise LessFastError(f"--shard-range is {shard_range!r}; expected two numbers such as 0:100")
-    worker = Worker.from_environment()
+    ray_options = {"--actors": actors, "--gpus-per-actor": gpus_per_actor, "--ray-address": ray_address}
+    if engine not in _ENGINES:
+        raise LessFastError(f"--engine is {engine!r}; expected one of {', '.join(_ENGINES)}")
+    if engine != "ray" and (given := [name for name, value in ray_options.items() if value is not None]):
+        raise LessFastError(f"{given[0]} is for --engine ray; leave it out")
+    if engine == "ray" and shared is False:
+        raise LessFastError("--no-shared does not go with --engine ray, whose actors share the store")
     with only_results_on_stdout():
-        from less_fast.data import load_examples
-        from less_fast.extraction import extract_many
-        from less_fast.features import Output
-        from less_fast.model.load import load_model
-        from less_fast.optim import AdamState
+        from less_fast.extract_job import ExtractJob
         from less_fast.projection import Projection
 
-        projections = [Projection(kind, size, seed, block, nnz) for size in dims]
-        examples = load_examples(data, limit=limit)
-        own_device = worker.device(device) if device_map is None else device
-        loaded, tokenizer = load_model(
-            model, adapter, dtype=dtype, device=own_device, quantization=quantization, device_map=device_map
+        job = ExtractJob(
+            model,
+            tuple(data),
+            out,
+            adapter,
+            optimizer,
+            rule,
+            tuple(preconditions),
+            tuple(Projection(kind, size, seed, block, nnz) for size in dims),
+            limit,
+            shard_size,
+            dtype,
+            device,
+            device_map,
+            quantization,
+            {
+                "template": template,
+                "max_length": max_length,
+                "dtype": store_dtype,
+                "token_budget": token_budget if token_budget == "auto" else int(token_budget),
+                "targets": modules,
+                "backend": backend,
+                "packing": packing,
+                "compile_model": compile_model,
+                "checkpoint_activations": checkpoint_activations,
+            },
         )
-        state: dict[str, Any] = {name: name for name in preconditions}
-        if "adam" in state:
-            state["adam"] = AdamState.from_checkpoint(optimizer or adapter or model, loaded, rule)
-        pairs = [(name, projection) for name in preconditions for projection in projections]
-        place = to_path(out)
-        outputs: dict[PathOrUrl, Output] = {
-            (place if len(pairs) == 1 else place / f"{name}-dim{projection.dim}"): Output(projection, state[name])
-            for name, projection in pairs
-        }
-        stores = extract_many(
-            loaded,
-            examples,
-            outputs,
-            tokenizer=tokenizer,
-            template=template,
-            max_length=max_length,
-            dtype=store_dtype,
-            token_budget=token_budget if token_budget == "auto" else int(token_budget),
-            shard_size=shard_size,
-            targets=modules,
-            backend=backend,
-            packing=cast("Packing", packing),
-            compile_model=compile_model,
-            checkpoint_activations=checkpoint_activations,
-            shared=shared,
-            shard_range=(int(window[1]), int(window[2])) if window else None,
-            progress=progress,
-        )
+        part = (int(window[1]), int(window[2])) if window else None
+        if engine == "ray":
+            from less_fast.ray_engine import extract_on_ray
+
+            stores = extract_on_ray(
+                job,
+                actors=_pool(actors),
+                gpus_per_actor=gpus_per_actor,
+                address=ray_address,
+                shard_range=part,
+                progress=progress,
+            )
+        else:
+            stores = job.run(shared=shared, shard_range=part, progress=progress)
     results = [_summary(store) for store in stores.values()]
     show({"stores": results}, "\n".join(_line(result) for result in results), as_json)
+
+
+def _pool(actors: str | None) -> int | tuple[int, int] | None:
+    if actors is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", actors)
+    if found is None:
+        raise LessFastError(f"--actors is {actors!r}; expected a number, or two such as 1:8")
+    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
 def _convert(
