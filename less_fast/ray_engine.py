@@ -95,7 +95,7 @@ def extract_on_ray(
         stores = _Stores(stack, list(job.stores), rows, range(n_shards) if shards is None else shards)
         with _session(address) as ours:
             pool = _Pool.of(job, actors, gpus_per_actor, ours)
-            stores.open()
+            stores.open_begun()
             missing = stores.missing()
             while True:  # once at least, so that settings are checked although all is there
                 n_made = pool.run(job, missing, stores, progress)
@@ -126,14 +126,16 @@ class _Stores:
         self._unlisted: list[dict[int, ShardEntry]] = [{} for _ in paths]
         self._list_after = 0.0
 
-    def open(self) -> None:
+    def open_begun(self) -> None:
         """Join the writers of the stores, where all of them have been created."""
+        with suppress(LessFastError):  # an actor says what is wrong with what is there, if anything is
+            self.open()
+
+    def open(self) -> None:
+        """Join the writers of the stores, which an actor has created."""
         if self._writers:
             return
-        try:
-            arguments = [self._arguments(path) for path in self._paths]
-        except LessFastError:  # an actor says what is wrong with what is there, if anything is
-            return
+        arguments = [self._arguments(path) for path in self._paths]
         self._writers = [
             self._stack.enter_context(StoreWriter(path, **made, shared=True))
             for path, made in zip(self._paths, arguments)
@@ -253,13 +255,13 @@ class _Pool:
             found: Any = iter(results.iter_batches(batch_size=None, prefetch_batches=0))
             with closing(found) as batches:  # else the actors live on after an error
                 for batch in batches:
-                    stores.open()
                     for shard, text in zip(batch["shard"].tolist(), batch["result"].tolist()):
                         result = json.loads(text)
                         if "refusal" in result:
                             raise LessFastError(result["refusal"])
                         if "failure" in result:
                             raise RuntimeError(f"an actor failed:\n{result['failure']}")
+                        stores.open()
                         stores.add(shard, result["entries"])
                         n_made += any(result["entries"])
         except RayError as error:

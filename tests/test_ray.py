@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import flaky_files
 from support.children import child_environment
 from support.cli import SIZES, less_fast, refused
 from support.ray_killer import MadeUpJob, alive, noted, start_driver, wait_gone
@@ -32,10 +33,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray is tested o
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray that others have started, of which the calls below are but one job each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
+        patch.setenv("PYTHONPATH", flaky_files.environment(tmp_path_factory.mktemp("installed"))["PYTHONPATH"])
+        patch.setenv(flaky_files.RATE, "0.05")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             "local",
@@ -75,6 +78,21 @@ def test_actors_make_the_stores_of_one_process(inputs: Path, tmp_path: Path, clu
     assert [result["path"] for result in json.loads(done.stdout)["stores"]] == [
         str(tmp_path / "two" / name) for name in names
     ]
+
+
+def test_actors_make_a_remote_store_whatever_requests_fail(
+    inputs: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky_files.register()
+    monkeypatch.setenv(flaky_files.RATE, "0.05")
+    (tmp_path / "pool.jsonl").write_bytes((inputs / "pool.jsonl").read_bytes())
+    command = extraction(inputs, tmp_path / "one")
+    assert less_fast(*command).exit_code == 0
+    url = f"flaky://{tmp_path}"
+    command[1:4] = [str(inputs / "model"), f"{url}/pool.jsonl", f"{url}/bucket/two"]
+    done = less_fast(*command, "--engine", "ray", "--actors", 2)
+    assert done.exit_code == 0, done.output
+    assert folder_hashes(tmp_path / "bucket" / "two") == folder_hashes(tmp_path / "one")
 
 
 def test_two_runs_share_the_work(tmp_path: Path, cluster: None) -> None:
