@@ -11,11 +11,12 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/less-fast demo
 
+# As many workers as cores and memory allow (tests/conftest.py); PYTEST_ARGS="-n 0": all in one process.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

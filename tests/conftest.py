@@ -9,6 +9,28 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a worker of pytest-xdist starts is none itself: pytest-benchmark, for one, measures nothing in a worker.
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+    os.environ.pop(name, None)
+
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # the tests that need a GPU run without it
+    pass
+else:  # How long an example takes is the machine's matter: what else it does at the time is not ours to choose.
+    settings.register_profile("busy", deadline=None)
+    settings.load_profile("busy")
+
+MOST_WORKERS = 8  # the longest test takes a minute, and more would wait for it
+WORKER_BYTES = 3 << 30  # torch, transformers and Triton's interpreter in one, and again in what its tests start
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` means: a worker per core, as far as there is memory for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else WORKER_BYTES
+    return max(1, min(cores, memory // WORKER_BYTES, MOST_WORKERS))
 
 
 @pytest.fixture(scope="session")

@@ -318,7 +318,6 @@ def test_tiny_figures_are_never_results(cpu: Any) -> None:
     assert stopped.value.code == 2
 
 
-@pytest.mark.heavy
 def test_the_whole_command(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/cpu.py", "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.fused import fused_features
+from support.fused import fused_features, one_layer
 from support.models import adapted, batch, causal_lm
 from support.triton_run import in_interpreter, require_triton
+from torch import nn
 
 from less_fast.features import MultiFeatureExtractor, Output
 from less_fast.optim.adam import AdamState
@@ -18,10 +19,10 @@ from less_fast.projection import Projection
 require_triton()
 
 
-def adam_state(rank: int, rule: str) -> AdamState:
+def adam_state(model: nn.Module, rule: str) -> AdamState:
     generator = torch.Generator().manual_seed(3)
     moments = {}
-    for name, p in adapted(causal_lm(), rank).named_parameters():
+    for name, p in model.named_parameters():
         if "lora_" in name:
             m, v = torch.randn(p.shape, generator=generator), torch.rand(p.shape, generator=generator)
             moments[name] = Moments(m * 0.01, v * 1e-4 + 1e-6, 7)
@@ -32,8 +33,8 @@ def adam_state(rank: int, rule: str) -> AdamState:
 def test_a_model_through_the_fused_kernels(rank: int, packing: str) -> None:
     """Both orientations, several outputs in one pass, padded or packed; no gradient is written out."""
     outputs = [
-        Output(Projection("srht", 256, seed=1), adam_state(rank, "less")),
-        Output(Projection("srht", 64, seed=2, block=16), adam_state(rank, "torch")),
+        Output(Projection("srht", 256, seed=1), adam_state(one_layer(rank), "less")),
+        Output(Projection("srht", 64, seed=2, block=16), adam_state(one_layer(rank), "torch")),
         Output(Projection("srht", 512, seed=1), "sgd"),
         Output(Projection("srht", 256, seed=1), "sgd"),  # reduced from the one before
         Output(Projection("sjlt", 100, seed=3, nnz=2), "sign"),
@@ -42,7 +43,7 @@ def test_a_model_through_the_fused_kernels(rank: int, packing: str) -> None:
 
 
 def check(outputs: list[Output], rank: int, data: dict[str, Any], **settings: Any) -> None:
-    expected = MultiFeatureExtractor(adapted(causal_lm(), rank), outputs, backend="reference")(data).features
+    expected = MultiFeatureExtractor(one_layer(rank), outputs, backend="reference")(data).features
     got = in_interpreter(fused_features, outputs, rank, data, **settings)
     for features, wanted in zip(got, expected):
         error = (torch.from_numpy(features) - wanted).norm(dim=1) / wanted.norm(dim=1)
@@ -55,7 +56,7 @@ def check(outputs: list[Output], rank: int, data: dict[str, Any], **settings: An
 @pytest.mark.parametrize("kind", ["srht", "sjlt"])
 def test_a_model_on_a_device(kind: str, dtype: torch.dtype) -> None:
     model = adapted(causal_lm(), 16).to("cuda", dtype)
-    outputs = [Output(Projection(kind, 256, seed=1), adam_state(16, "less"))]
+    outputs = [Output(Projection(kind, 256, seed=1), adam_state(adapted(causal_lm(), 16), "less"))]
     expected = MultiFeatureExtractor(model, outputs, backend="reference")(batch()).features[0]
     features = MultiFeatureExtractor(model, outputs)(batch()).features[0]
     assert float(((features - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-4

@@ -38,6 +38,8 @@ def test_the_queue_is_bounded() -> None:
 
     producer = threading.Thread(target=produce)
     producer.start()
+    while len(submitted) < 2:
+        time.sleep(0.001)
     time.sleep(0.1)
     try:
         assert submitted == [0, 1]  # one is being written, one waits

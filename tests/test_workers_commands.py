@@ -92,6 +92,7 @@ def test_two_extractions_by_mistake(inputs: Path, tmp_path: Path, monkeypatch: p
             assert first.poll() is None
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # alive, and so the store is its own
+        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])  # a signal takes its time
         before = folder_hashes(tmp_path / "s")
         assert "is being written by another process;" in refused(*command)
         assert "is being written by another process alone;" in refused(*command, "--shared")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -32,17 +32,23 @@ def fused_check(kind: str) -> Any:
         return check_fused(kind, "cpu")
 
 
+def one_layer(rank: int) -> nn.Module:
+    """A model with eight adapter matrices, no more: the interpreter takes seconds for each."""
+    from support.models import adapted, causal_lm
+
+    return adapted(causal_lm(num_hidden_layers=1), rank)
+
+
 def fused_features(outputs: Sequence[Any], rank: int, data: dict[str, Tensor], **settings: Any) -> list[np.ndarray]:
     """Features of a tiny model; a matrix whose gradients are written out is an error."""
     from less_fast.features import MultiFeatureExtractor
     from less_fast.ops import outer_sketch
-    from support.models import adapted, causal_lm
 
     original = outer_sketch.outer_sketch_reference
     outer_sketch.outer_sketch_reference = _refused  # type: ignore[assignment]
     try:
         with taken_for_cuda():
-            extractor = MultiFeatureExtractor(adapted(causal_lm(), rank), outputs, **settings)
+            extractor = MultiFeatureExtractor(one_layer(rank), outputs, **settings)
             return [features.numpy() for features in extractor(data).features]
     finally:
         outer_sketch.outer_sketch_reference = original

@@ -1,8 +1,9 @@
-"""``run_killer.py FOLDER ROUNDS``: kills runs with SIGKILL, lets them go on, and compares with one that was left alone.
+"""``run_killer.py FOLDER ROUNDS``: kills runs, lets them go on, and compares with one that was left alone.
 
 A run is forked ``ROUNDS`` times into a new folder and killed after a time spread evenly over the duration of a whole
-run; it is then started again and killed once more, and then finished. Prints as JSON how many were killed, and which
-files of which rounds are unlike the uninterrupted run's.
+run; it is then started again and killed once more, and then finished. The times are a run's own CPU seconds, which
+another process cannot stretch: the kernel ends it by a signal that, like SIGKILL, leaves it no last word. Prints as
+JSON how many were killed, and which files of which rounds are unlike the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -26,12 +26,14 @@ from support import tiny
 _VARYING = ("config.yaml", "warmup/")
 
 
-def start(config: RunConfig) -> int:
-    """A forked run; its process id."""
+def start(config: RunConfig, seconds: float = 0) -> int:
+    """A forked run, to be killed when it has computed for so long (0: never); its process id."""
     child = os.fork()
     if not child:
         code = 1
         try:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             run(config, progress=False, say=lambda line: None)
             code = 0
         finally:
@@ -39,18 +41,18 @@ def start(config: RunConfig) -> int:
     return child
 
 
-def finish(config: RunConfig) -> None:
-    _, status = os.waitpid(start(config), 0)
+def finish(config: RunConfig) -> float:
+    """The CPU seconds of a run that is left alone."""
+    _, status, used = os.wait4(start(config), 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+    return used.ru_utime + used.ru_stime
 
 
 def killed(config: RunConfig, seconds: float) -> bool:
     """Whether the run was still going after this time."""
-    child = start(config)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    _, status = os.waitpid(start(config, seconds), 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -62,9 +64,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def main(folder: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     settings = tiny.config(folder)
-    started = time.monotonic()
-    finish(RunConfig(**{**settings, "out": str(folder / "whole")}))
-    duration = time.monotonic() - started
+    duration = finish(RunConfig(**{**settings, "out": str(folder / "whole")}))
     expected = hashes(folder / "whole")
     draw = random.Random(0)
     n_killed, unlike = 0, []
