@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,18 @@ def test_one_task_alone(pool: Pool) -> None:
         assert lift == f"{share.lift:.2f} x"
         assert means == [f"{share.pool_mean['sums']:.4f}", f"{share.selected_mean['sums']:.4f}"]
     assert lines[3].split() == ["examples", "60", "12"]
+
+
+def test_selecting_does_without_torch(pool: Pool) -> None:
+    check = (
+        "import sys; from typer.testing import CliRunner; from less_fast.cli import app\n"
+        "result = CliRunner().invoke(app, sys.argv[1:])\n"
+        "print(result.exit_code, 'torch' in sys.modules)"
+    )
+    arguments = [str(argument) for argument in pool.arguments("sums", out="other.jsonl")]
+    command = [sys.executable, "-c", check, *arguments, "-n", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"]
 
 
 def test_strategies(pool: Pool) -> None:
