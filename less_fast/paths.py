@@ -225,8 +225,8 @@ class RemotePath:
         number = next(number for kind, number in _FINAL.items() if isinstance(error, kind))
         if number == errno.ENOTSUP:
             return OSError(number, f"its file system cannot do that ({_first_line(error)})", self.url)
-        told = number == errno.EACCES and not getattr(error, "strerror", None)
-        return OSError(number, _first_line(error) if told else os.strerror(number), self.url)
+        told = _first_line(error) if number == errno.EACCES else os.strerror(number)
+        return OSError(number, getattr(error, "strerror", None) or told, self.url)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -163,6 +163,21 @@ def test_what_was_to_be_fetched_ahead_is_dropped_with_another_order() -> None:
     assert fetched == [0, 1, 9]
 
 
+def test_what_failed_ahead_of_time_is_fetched_again() -> None:
+    fetched = []
+
+    def fetch(number: int) -> Any:
+        fetched.append(number)
+        if fetched.count(1) == 1:
+            raise CorruptStoreError("an outage")
+        return number
+
+    ahead = ReadAhead()
+    assert ahead.take(0, [1], fetch) == 0
+    assert isinstance(ahead._fetching[1].exception(60), CorruptStoreError)
+    assert ahead.take(1, [], fetch) == 1
+
+
 def test_columns_of_a_store_that_is_verified_come_with_its_features_once(flaky: Path) -> None:
     local = make_store(flaky / "s", FEATURES)
     store = FeatureStore(f"flaky://{flaky}/s", verify=True)

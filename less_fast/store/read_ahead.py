@@ -38,7 +38,8 @@ class ReadAhead:
             for other in self._fetching.keys() - set(wanted):
                 self._fetching.pop(other).cancel()
             for other in wanted:
-                if other not in self._fetching:
+                known = self._fetching.get(other)
+                if known is None or (known.done() and known.exception()):  # what failed a while ago may not now
                     self._fetching[other] = self._threads.submit(fetch, other)
             shard = self._fetching.pop(number)
         return shard.result()
