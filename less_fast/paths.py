@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -16,22 +17,29 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, TypeVar
+from urllib.request import url2pathname
 
 from less_fast.errors import LessFastError
 
 logger = logging.getLogger("less_fast")
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.*", re.IGNORECASE | re.DOTALL)
+# A protocol has two letters at least: one is a drive.
+_URL = re.compile(r"[a-z][a-z0-9+.-]+(::[a-z][a-z0-9+.-]+)*://.*", re.IGNORECASE | re.DOTALL)
 _FLATTENED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/).*", re.IGNORECASE | re.DOTALL)
 _LOCAL = ("file", "local")
 # A request is made so often, and before each further time there is a pause: seconds, doubled up to the longest.
 _ATTEMPTS = 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
-# Answers that another attempt would not change.
-_FINAL = (
-    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError),
-    *(NotImplementedError, TypeError, AttributeError),
-)
+# Answers that another attempt would not change, as the errors of a local file system.
+_FINAL: dict[type[Exception], int] = {
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    FileExistsError: errno.EEXIST,
+    **dict.fromkeys((NotImplementedError, TypeError, AttributeError), errno.ENOTSUP),
+}
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _READ_AHEAD = 4 << 20  # bytes of a remote file that are asked for at a time when it is read from front to back
 
 _T = TypeVar("_T")
@@ -81,7 +89,10 @@ class RemotePath:
         """The file system, and the path there."""
         from fsspec.core import url_to_fs
 
-        place: tuple[Any, str] = url_to_fs(self.url)
+        try:
+            place: tuple[Any, str] = url_to_fs(self.url)
+        except (ImportError, TypeError, ValueError) as error:  # its settings, not a request
+            raise LessFastError(f"{self.url} cannot be reached: {_first_line(error)}") from error
         return place
 
     def __getstate__(self) -> dict[str, str]:
@@ -100,31 +111,31 @@ class RemotePath:
     def exists(self) -> bool:
         try:
             self.info()
-        except FileNotFoundError:
+        except _NOT_THERE:
             return False
         return True
 
     def is_file(self) -> bool:
         try:
             return self.info()["type"] == "file"
-        except FileNotFoundError:
+        except _NOT_THERE:
             return False
 
     def is_dir(self) -> bool:
         try:
             return self.info()["type"] == "directory"
-        except FileNotFoundError:
+        except _NOT_THERE:
             return False
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of what lies in a folder, 0 for folders; nothing where there is no such folder."""
-        return {name: int(entry["size"] or 0) for name, entry in self._entries().items()}
+        return {name: int(entry.get("size") or 0) for name, entry in self._entries().items()}
 
     def files(self) -> list[RemotePath]:
         """All files in a folder and in its folders."""
         found = []
         for name, entry in self._entries().items():
-            if name in (".", ".."):
+            if name in (".", "..") or os.path.basename(name) != name or os.path.splitdrive(name)[0]:
                 raise LessFastError(f"{self.url} holds something named {name!r}, which no local folder can")
             found += (self / name).files() if entry["type"] == "directory" else [self / name]
         return found
@@ -137,7 +148,7 @@ class RemotePath:
 
         try:
             entries = self._tried(ask)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return {}
         own = self._place[1].rstrip("/")
         # Object stores may list an empty file that stands for the folder.
@@ -151,7 +162,10 @@ class RemotePath:
             found: bytes = fs.cat_file(path, start=start, end=stop)
             return found
 
-        return self._tried(read)
+        found = self._tried(read)
+        if start is not None and stop is not None and len(found) > stop - start:
+            return found[start:stop]  # a server that knows no ranges answers with the whole file
+        return found
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole file, in place of one that is there."""
@@ -189,13 +203,14 @@ class RemotePath:
         return io.BufferedReader(_RemoteFile(self), read_ahead)
 
     def _tried(self, request: Callable[[Any, str], _T]) -> _T:
-        fs, path = self._place
         pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return request(fs, path)
-            except _FINAL:
+                return request(*self._place)
+            except LessFastError:
                 raise
+            except tuple(_FINAL) as error:
+                raise self._final(error) from error
             except Exception as error:  # each file system has errors of its own
                 if attempt == _ATTEMPTS:
                     raise OSError(
@@ -206,13 +221,23 @@ class RemotePath:
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError
 
+    def _final(self, error: Exception) -> OSError:
+        number = next(number for kind, number in _FINAL.items() if isinstance(error, kind))
+        if number == errno.ENOTSUP:
+            return OSError(number, f"its file system cannot do that ({_first_line(error)})", self.url)
+        told = _first_line(error) if number == errno.EACCES else os.strerror(number)
+        return OSError(number, getattr(error, "strerror", None) or told, self.url)
+
 
 class _RemoteFile(io.RawIOBase):
     """A remote file's bytes, by ranges."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path = path
-        self._size = int(path.info()["size"])
+        size = path.info()["size"]
+        if size is None:
+            raise OSError(errno.ENOTSUP, "its server does not tell its size", path.url)
+        self._size = int(size)
         self._at = 0
 
     def readable(self) -> bool:
@@ -233,6 +258,8 @@ class _RemoteFile(io.RawIOBase):
         if stop <= self._at:
             return 0
         data = self._path.read_bytes(self._at, stop)
+        if not data:
+            raise OSError(errno.EIO, f"it ends at {self._at} of {self._size} bytes", self._path.url)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -254,7 +281,11 @@ def to_path(path: PathOrUrl) -> AnyPath:
     if _URL.fullmatch(text):
         protocol, _, rest = text.partition("://")
         if protocol.lower() in _LOCAL:
-            return Path(rest)
+            return Path(url2pathname(rest))
+        if not rest.strip("/"):
+            raise LessFastError(f"{text} names no bucket or folder; expected a URL such as {protocol}://bucket/name")
+        if "::" in rest:
+            raise LessFastError(f"{text} is a path within a path, which cannot be read; give one without '::' in it")
         from fsspec import get_filesystem_class
 
         try:
@@ -280,7 +311,7 @@ def local_copy(path: str) -> Iterator[str]:
         raise LessFastError(f"{path}: there is no such folder, or it is empty")
     with TemporaryDirectory(prefix="less_fast-") as folder:
         for file in files:
-            target = Path(folder, *file.url.removeprefix(place.url).strip("/").split("/"))
+            target = Path(folder, *file.url.removeprefix(place.resolve().url).strip("/").split("/"))
             target.parent.mkdir(parents=True, exist_ok=True)
             with file.open() as source, open(target, "wb") as copy:
                 shutil.copyfileobj(source, copy, _READ_AHEAD)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from less_fast.errors import LessFastError
+from less_fast.paths import PathOrUrl, to_path
 
 if TYPE_CHECKING:
     from less_fast.checkpoints import Checkpoint
@@ -76,12 +76,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def read_groups(path: str | Path) -> dict[str, str]:
+def read_groups(path: PathOrUrl) -> dict[str, str]:
     """The mapping dataset name -> group of a JSON file; raises LessFastError where it is none."""
     try:
-        groups = json.loads(Path(path).read_text(encoding="utf-8"))
+        groups = json.loads(to_path(path).read_bytes().decode())
     except OSError as error:
-        raise LessFastError(f"{path}: cannot be read ({error.strerror})") from None
+        raise LessFastError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise LessFastError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(groups, dict) or not all(isinstance(value, str) for value in groups.values()):

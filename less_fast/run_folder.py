@@ -25,6 +25,7 @@ from typing import Any
 from less_fast.checkpoints import Checkpoint
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
+from less_fast.paths import AnyPath
 from less_fast.store import atomic_file
 from less_fast.store.files import FolderLock, failed_write
 
@@ -124,7 +125,7 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return {**values, **{f"targets.{task}": file for task, file in values.pop("targets").items()}}
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: AnyPath, content: Any) -> None:
     """Write a file that appears whole or not at all."""
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())

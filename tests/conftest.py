@@ -1,6 +1,7 @@
 """Settings of every test process and of those it starts."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,29 @@ def finished(inputs: Path) -> Path:
 def checkpoint(finished: Path) -> Path:
     """The last checkpoint of its warm-up."""
     return finished / "warmup" / "checkpoint-6"
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A URL below which nothing is."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    yield "memory://bucket/folder"
+    files.store.clear()
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that ``flaky://`` URLs reach; a failed request is repeated without a pause."""
+    from support import flaky_files
+
+    from less_fast import paths
+
+    flaky_files.register()
+    monkeypatch.setattr(paths, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setenv(flaky_files.LOG, str(tmp_path / "requests.txt"))
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"

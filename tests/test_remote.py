@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +28,6 @@ from less_fast.store.sharing import missing_shards
 RNG = np.random.default_rng(5)
 FEATURES = RNG.standard_normal((22, 32)).astype(np.float32)
 STATUS = np.array([Status.OK] * 20 + [Status.NO_LABELS, Status.OK], np.uint8)
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    """A URL below which nothing is."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
-    yield "memory://bucket/folder"
-    files.store.clear()
-
-
-@pytest.fixture
-def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that ``flaky://`` URLs reach; a failed request is repeated without a pause."""
-    flaky_files.register()
-    monkeypatch.setattr(paths, "_FIRST_PAUSE", 0.0)
-    monkeypatch.setenv(flaky_files.LOG, str(tmp_path / "requests.txt"))
-    (tmp_path / "bucket").mkdir()
-    return tmp_path / "bucket"
-
-
-def requests(folder: Path, what: str) -> list[str]:
-    lines = (folder.parent / "requests.txt").read_text().splitlines()
-    return [line for line in lines if line.startswith(what)]
 
 
 def downloaded(url: str) -> dict[str, bytes]:
@@ -91,14 +65,14 @@ def test_a_request_that_fails_for_good_is_not_repeated(flaky: Path) -> None:
     assert not (to_path(f"flaky://{flaky}") / "none").exists()
     with pytest.raises(FileNotFoundError):
         to_path(f"flaky://{flaky}/none").read_bytes()
-    assert len(requests(flaky, "")) == 2
+    assert len(flaky_files.requests(flaky, "")) == 2
 
 
 def test_what_goes_on_failing_ends_as_an_os_error(flaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(flaky_files.BROKEN, "cat /file")
     with pytest.raises(OSError, match="cat None:None went astray, 6 times"):
         to_path(f"flaky://{flaky}/file").read_bytes()
-    assert len(requests(flaky, "cat")) == 6
+    assert len(flaky_files.requests(flaky, "cat")) == 6
 
 
 def test_folders_are_made_with_the_first_file_but_no_bucket(flaky: Path) -> None:
@@ -200,10 +174,10 @@ def test_columns_are_read_without_features_and_shards_ahead(flaky: Path) -> None
     store = FeatureStore(f"flaky://{flaky}/s")
     np.testing.assert_array_equal(store.norms, np.arange(n) + 1)
     assert store.n_tokens.sum() and store.status.sum() == 0
-    ranges = [line.split()[1].split(":") for line in requests(flaky, "cat") if "safetensors" in line]
+    ranges = [line.split()[1].split(":") for line in flaky_files.requests(flaky, "cat") if "safetensors" in line]
     assert 4 <= len(ranges) <= 8 and sum(int(stop) - int(start) for start, stop in ranges) < 4 * 3 * (1 << 17)
     assert [int(block[0, 7]) for _, block in store.blocks(50)] == [1, 51, 101, 151, 201, 251, 301, 351]
-    whole = [line for line in requests(flaky, "cat None:None") if "safetensors" in line]
+    whole = [line for line in flaky_files.requests(flaky, "cat None:None") if "safetensors" in line]
     assert sorted(whole) == [f"cat None:None {flaky}/s/shards/{i:05}.safetensors" for i in range(4)]
 
 
@@ -296,6 +270,7 @@ def test_examples_are_read_from_urls(memory: str, tmp_path: Path) -> None:
 def test_the_commands_work_on_urls_as_on_folders(inputs: Path, flaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pool.jsonl", "sums.jsonl"):
         (flaky / name).write_bytes((inputs / name).read_bytes())
+    (flaky / "groups.json").write_text("{}")
     outputs = []
     for place, rate in ((str(flaky / "local"), "0"), (f"flaky://{flaky}/remote", "0.1")):
         monkeypatch.setenv(flaky_files.RATE, rate)
@@ -308,6 +283,7 @@ def test_the_commands_work_on_urls_as_on_folders(inputs: Path, flaky: Path, monk
             ["info", f"{place}/pool", "--verify"],
             ["convert", f"{place}/pool", f"{place}/codes", "--dtype", "int8"],
         ]
+        commands[3] += ["--groups", f"{data}/groups.json", "--report", f"{data}/report-{rate}.json"]
         commands[3] += ["--dedupe", f"{place}/pool", "--out", f"{place}/chosen.jsonl"]
         for command in commands:
             done = less_fast(*command)
@@ -315,6 +291,8 @@ def test_the_commands_work_on_urls_as_on_folders(inputs: Path, flaky: Path, monk
             outputs.append(done.stdout.replace(place, "PLACE"))
     assert outputs[: len(commands)] == outputs[len(commands) :]
     assert contents(flaky / "local") == contents(flaky / "remote")
+    reports = [json.loads((flaky / f"report-{rate}.json").read_text()) for rate in ("0", "0.1")]
+    assert [report["selected"] for report in reports] == [5, 5]
     assert "is read; choose another" in refused(
         *("score", "--train", f"{place}/pool", "--target", f"{place}/sums", "--out", f"{place}/pool/scores.csv")
     )

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from less_fast.errors import LessFastError
@@ -72,6 +73,14 @@ def require_other_file(out: AnyPath | None, option: str, inputs: Iterable[PathOr
             raise LessFastError(f"{option} {out} lies in {source}, which is read; choose another place")
         if is_same_file(out, source):
             raise LessFastError(f"{option} {out} is a file that is read; choose another name")
+
+
+def require_local(folder: Path, option: str) -> None:
+    """Raise LessFastError for a folder that was a URL before it became a Path."""
+    try:
+        to_path(folder)
+    except LessFastError:
+        raise LessFastError(f"{option} is {str(folder)!r}, a URL; expected a folder of this machine") from None
 
 
 def named_files(values: Sequence[str]) -> dict[str, str] | list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from less_fast.cli.output import named_files, only_results_on_stdout, show
+from less_fast.cli.output import named_files, only_results_on_stdout, require_local, show
 from less_fast.config import RunConfig, Setting, settings
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -133,6 +133,7 @@ def _warmup(
     as_json: _Json = False,
 ) -> None:
     """Train a LoRA adapter on a random part of the pool and keep a checkpoint with optimizer state per epoch."""
+    require_local(out, "OUT")
     with only_results_on_stdout():
         from less_fast.data import load_examples
         from less_fast.model.lora import LoraSettings

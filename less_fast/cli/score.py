@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from less_fast.cli.output import n_bytes_of, numbers, only_results_on_stdout, require_other_file, show
+from less_fast.cli.output import n_bytes_of, numbers, only_results_on_stdout, require_local, require_other_file, show
 from less_fast.config import RunConfig
 from less_fast.errors import LessFastError
 from less_fast.paths import AnyPath, to_path
@@ -56,6 +56,8 @@ def score(
     """Score every example of the pool by how its gradient points along the target's."""
     if weights and weights_from:
         raise LessFastError("--weights and --weights-from were both given; expected one of them")
+    if weights_from:
+        require_local(weights_from, "--weights-from")
     targets = _targets(target)
     files = _files(to_path(out), targets)
     read: list[str] = [*train, *(path for paths in targets.values() for path in paths)]

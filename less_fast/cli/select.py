@@ -57,11 +57,11 @@ def select(
     threshold: Annotated[float, typer.Option(help="Highest cosine of two selected examples, with --dedupe.")] = 0.95,
     memory: Annotated[str, typer.Option(help="Memory that --dedupe may take, such as 512M or 2G.")] = "1G",
     groups: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="JSON file, dataset name -> group, to report and cap by.", show_default=False),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="JSON file for the shares and mean scores.", show_default=False)
+        str | None, typer.Option(help="JSON file for the shares and mean scores.", show_default=False)
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar, with --dedupe.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -77,12 +77,12 @@ def select(
     if (unsized and chosen != "quotas") or (fraction is not None and n is not None):
         raise LessFastError("give either --fraction or -n, and not both")
     n_bytes = n_bytes_of(memory)
-    place = to_path(out)
+    place, report_place = to_path(out), None if report is None else to_path(report)
     if place.suffix not in (".jsonl", ".json", ".parquet") and not place.is_dir():
         raise LessFastError(f"{out}: expected a name that ends in .jsonl or .parquet")
-    if report == place:
+    if report_place == place:
         raise LessFastError(f"{out}: is the name of both --out and --report; expected two files")
-    for option, file in (("--out", place), ("--report", report)):
+    for option, file in (("--out", place), ("--report", report_place)):
         require_other_file(file, option, [*files.values(), *(dedupe or [])])
     with only_results_on_stdout():
         from dataclasses import asdict
@@ -120,9 +120,9 @@ def select(
         if filters:
             result["rejected"] = dict(zip(filters, selection.n_rejected))
         result[name] = [asdict(share) for share in shares]
-        if report is not None:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            write_json(report, result)
+        if report_place is not None:
+            report_place.parent.mkdir(parents=True, exist_ok=True)
+            write_json(report_place, result)
     lines = [mixture_table(shares, name.removesuffix("s")), "", *_notes(result)]
     show(result, "\n".join([*lines, f"{out}: {len(selection.rows):,} examples"]), as_json)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from less_fast.cli.output import only_results_on_stdout, show
+from less_fast.cli.output import only_results_on_stdout, require_local, show
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -43,6 +43,7 @@ def _demo(
 
     Takes about two minutes on two CPU cores and needs no download. OUT/summary.json holds the result.
     """
+    require_local(out, "--out")
     with only_results_on_stdout():
         from less_fast.demo import DemoSettings, run_demo, summary_table
 

@@ -57,6 +57,7 @@ class JsonlFile:
                 for row in np.unique(rows).tolist():  # ascending, so that a gzip stream is decompressed once
                     file.seek(int(self.starts[row]))
                     found[row] = file.read(int(self.lengths[row]))
+            _require_unchanged(self.path, self.stamp)
         except OSError as error:
             raise LessFastError(f"{self.path}: cannot be read again ({error.strerror or error})") from error
         return [found[row] for row in rows.tolist()]
@@ -108,6 +109,7 @@ def read_jsonl(path: AnyPath, dataset: str, limit: int | None, table: TableBuild
                 lengths.append(len(line))
                 if len(starts) == limit:
                     break
+        _require_unchanged(path, stamp)
     except _GZIP_ERRORS as error:
         raise LessFastError(
             f"{path} after line {number}: the gzip file is truncated or corrupt ({error}); fetch or write it again"
@@ -158,6 +160,12 @@ def _open(path: AnyPath) -> IO[bytes]:
         return gzip.open(file, "rb")  # type: ignore[return-value]
     file.close()  # gzip would leave it open
     return gzip.open(path, "rb")  # type: ignore[return-value]
+
+
+def _require_unchanged(path: AnyPath, stamp: tuple[int, int]) -> None:
+    """Raise LessFastError where a remote file, which is read by ranges, has been replaced while it was read."""
+    if isinstance(path, RemotePath) and _stamp(path) != stamp:
+        raise LessFastError(f"{path}: changed while it was read; load it again")
 
 
 def _stamp(path: AnyPath) -> tuple[int, int]:

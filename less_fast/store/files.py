@@ -28,6 +28,7 @@ LOCK_NAME = ".lock"
 _CREATE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link to nothing, or gone in the meantime
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -162,7 +163,9 @@ def sizes_in(folder: AnyPath) -> dict[str, int]:
 def _size_of(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # a link to nothing, or gone in the meantime
+    except OSError as error:
+        if error.errno not in _NOTHING:
+            raise
         return None
 
 

@@ -204,8 +204,10 @@ def load_json(store: AnyPath) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         reason = f"it has no {FILE_NAME}" if store.is_dir() else "there is no such folder"
         raise LessFastError(f"{store} is not a feature store: {reason}") from None
+    except LessFastError:  # which is a ValueError
+        raise
     except OSError as error:
-        raise LessFastError(f"cannot read {path}: {error.strerror}") from None
+        raise LessFastError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise CorruptStoreError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -27,7 +27,7 @@ from less_fast.store.shard import Shard, Status, open_shard, shard_tensors
 from less_fast.store.strict_json import shown
 
 _OPEN_SHARDS, _FETCHED_SHARDS = 16, 2  # those on the disk are maps, remote ones are memory
-_REQUESTS = 8  # for columns of remote shards, at a time
+_REQUESTS, _FETCHES = 8, 3  # for columns of remote shards, and for whole ones, at a time
 _CACHED = ("rows", "status", "norms", "n_tokens", "n_labels")
 _MAKE_AGAIN = "repeat the command that made it to have it made again"
 
@@ -266,7 +266,7 @@ class FeatureStore:
             if (found := sha256_of(file)) != expected:
                 problems.append(f"{file}: damaged (SHA-256 is {found}, expected {shown(expected)}); {_MAKE_AGAIN}")
         except OSError as error:
-            problems.append(f"{file}: {error.strerror}; {_MAKE_AGAIN}")
+            problems.append(f"{file}: {error.strerror or error}; {_MAKE_AGAIN}")
         return problems
 
     def _map(self, entry: ShardEntry, *, check: bool, columns_only: bool = False) -> Shard:
@@ -276,7 +276,10 @@ class FeatureStore:
 
     @cached_property
     def _read_ahead(self) -> ReadAhead:
-        return ReadAhead(lambda number: self._map(self._manifest.shards[number], check=self._to_check(number)))
+        return ReadAhead()
+
+    def _fetch(self, number: int) -> Shard:
+        return self._map(self._manifest.shards[number], check=self._to_check(number))
 
     def _to_check(self, number: int) -> bool:
         return self._verify and number not in self._sound
@@ -301,16 +304,18 @@ class FeatureStore:
             else:
                 known = range(number + 1, self._manifest.n_shards)
                 following = [other for other in known[:_OPEN_SHARDS] if other in self._manifest.shards]
-                shard = self._read_ahead.take(number, following)
+                shard = self._read_ahead.take(number, following, self._fetch)
         except CorruptStoreError as error:
-            if not self._allow_partial:
-                raise
+            if not self._allow_partial or (remote and isinstance(error.__cause__, OSError)):
+                raise  # a server that can't be reached says nothing of its files
             self._leave_out(number, entry, str(error))
             return None
         with self._lock:
-            if "features" not in shard.tensors:
-                self._columns[number] = shard
-                return shard
+            if remote and columns_only:
+                # Copies of what came with features, to be compared with a checksum: a view would keep those.
+                columns = {name: np.array(values) for name, values in shard.tensors.items() if name != "features"}
+                self._columns[number] = Shard(columns, shard.metadata)
+                return self._columns[number]
             self._sound.add(number)
             self._open[number] = shard
             if len(self._open) > (_FETCHED_SHARDS if remote else _OPEN_SHARDS):
@@ -322,6 +327,7 @@ class FeatureStore:
         with self._lock:
             known = number in self._damaged
             self._damaged[number] = reason
+            self._columns.pop(number, None)
             for name in _CACHED[1:]:
                 self.__dict__.pop(name, None)  # they may have been read while the shard was still whole
         if not known:
@@ -343,7 +349,7 @@ class FeatureStore:
         spec = shard_tensors(self._manifest.codec, 0, self.dim)[name]
         parts = [np.empty(0, spec.dtype)]
         if isinstance(self.path, RemotePath):
-            with ThreadPoolExecutor(_REQUESTS, "less_fast-columns") as threads:
+            with ThreadPoolExecutor(_FETCHES if self._verify else _REQUESTS, "less_fast-columns") as threads:
                 for _ in threads.map(lambda number: self._shard(number, columns_only=True), self._manifest.shards):
                     pass
         for number in range(self._manifest.n_shards):

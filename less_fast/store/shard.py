@@ -183,7 +183,7 @@ def open_shard(
             f"{path}: No such file or directory; repeat the command that made it to have it made again"
         ) from None
     except OSError as error:
-        raise CorruptStoreError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise CorruptStoreError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         reason = str(error)
     raise CorruptStoreError(f"{path}: {reason}; delete it and repeat the command that made it to have it made again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from less_fast.errors import CorruptStoreError, LessFastError
-from less_fast.paths import PathOrUrl, to_path
+from less_fast.paths import PathOrUrl, RemotePath, to_path
 from less_fast.store import manifest as manifests
 from less_fast.store.claims import CLAIMS_NAME, Claims
 from less_fast.store.codec import Array
@@ -87,8 +88,8 @@ class StoreWriter:
         plain_facts = json.loads(json.dumps(dict(facts), allow_nan=False))
         table = rows.to_parquet()
         wanted = Manifest(len(rows), dim, dtype, shard_size, plain_facts, rows.hash, hashlib.sha256(table).hexdigest())
-        self._check_room(wanted, len(table))
         try:
+            self._check_room(wanted, len(table))
             if isinstance(self.path, Path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
@@ -112,13 +113,15 @@ class StoreWriter:
 
     def _open(self, wanted: Manifest, table: bytes) -> Manifest:
         """With the lock and the turn: create or adopt what is in the folder, and bring manifest and rows up to date."""
-        begun = (self.path / manifests.FILE_NAME).exists()
+        # One listing, so that a remote store that another process begins meanwhile is either seen whole or not at all.
+        names = set(os.listdir(self.path)) if isinstance(self.path, Path) else set(self.path.sizes())
+        begun = manifests.FILE_NAME in names
         if begun:
             found = Manifest.read(self.path)
             self._check_same(found, wanted)
         else:
             ours = {LOCK_NAME, CLAIMS_NAME, manifests.FILE_NAME + TEMPORARY_SUFFIX}
-            if foreign := sorted(set(sizes_in(self.path)) - ours):
+            if foreign := sorted(names - ours):
                 raise LessFastError(f"{self.path} holds {foreign[0]} and is not a feature store; choose another folder")
             found = wanted
         if self._claims is None:
@@ -175,10 +178,15 @@ class StoreWriter:
         return shards
 
     def _adopt(self, found: Manifest, shard: int, file: str) -> dict[int, ShardEntry]:
-        """The entry of a shard that lies in the folder; none, and the file is gone, where it is damaged."""
+        """The entry of a shard that lies in the folder; none, and the file is gone, where it is damaged.
+
+        Raises OSError where a remote one cannot be read, which may be whole.
+        """
         try:
             return {shard: self._entry(found, shard, file)}
-        except CorruptStoreError:
+        except CorruptStoreError as error:
+            if isinstance(self.path, RemotePath) and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
             warnings.warn(f"{self.path / file} is damaged; it will be made again", stacklevel=5)
             (self.path / file).unlink(missing_ok=True)
             return {}
@@ -334,6 +342,8 @@ class StoreWriter:
                 raise LessFastError(f"{name} of shard {shard} have shape {tensors[name].shape}; expected {spec.shape}")
         path = self.path / shard_file(shard)
         try:
+            if self._claims is not None and self._claims.in_vain:
+                self._found()  # or else a store begun anew with other settings would take this shard for its own
             if self._claims is not None and path.exists():
                 return None
             sha256, size = write_shard(path, tensors, specs, metadata)
@@ -370,6 +380,8 @@ class StoreWriter:
 
     def close(self, *, allow_partial: bool = False) -> FeatureStore:
         """Let go of the store and open it for reading; raises LessFastError if shards are missing and may not be."""
+        if self._claims is not None and self._claims.in_vain:
+            self.refresh()  # of two who wrote the manifest at a time, one may have left out the other's shard
         self.release()
         return FeatureStore(self.path, allow_partial=allow_partial)
 

@@ -87,6 +87,12 @@ def register() -> None:
     register_implementation("flaky", FlakyFileSystem, clobber=True)
 
 
+def requests(folder: Path, what: str) -> list[str]:
+    """The lines of the log of a ``flaky`` fixture's folder that begin so."""
+    lines = (folder.parent / "requests.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(what)]
+
+
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """The environment of a child process that knows the protocol; ``folder`` gets what it is found by."""
     installed = folder / "flaky-1.dist-info"
