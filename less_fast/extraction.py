@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import random
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -219,9 +218,8 @@ def extract_many(
     shards = shard_window(shard_range, extraction.n_shards)
     with ExitStack() as stack:
         writers = extraction.open(stack, shared=shared)
-        # Nobody can claim the shards of a remote store: those that make one begin at different places.
         remote = any(isinstance(writer.path, RemotePath) for writer in writers)
-        start = random.random() if remote else ranks.worker.start
+        start = None if remote else ranks.worker.start
         extraction.job.run(writers, progress and ranks.main, shards=shards, start=start)
     ranks.close()
     stores = {path: FeatureStore(path, allow_partial=shards is not None) for path in outputs}

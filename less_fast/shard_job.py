@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -76,12 +77,13 @@ class ShardJob:
         self._too_large: set[Size] = set()
 
     def run(
-        self, writers: Sequence[StoreWriter], progress: bool, *, shards: range | None = None, start: float = 0.0
+        self, writers: Sequence[StoreWriter], progress: bool, *, shards: range | None = None, start: float | None = 0.0
     ) -> None:
         """Return when the stores, all of the same examples, have all of ``shards`` (default: of their shards).
 
         Where the writers are shared, other processes make what they can claim; ``start``, 0 to 1, is where in the
-        shards this one begins. What a process leaves behind that ends is made here.
+        shards this one begins, None a random order, for those who don't see each other's claims. What a process leaves
+        behind that ends is made here.
         """
 
         def missing_now() -> list[int]:
@@ -103,8 +105,8 @@ class ShardJob:
         with progress_bar(total, unit="ex", desc="features", show=progress, initial=done) as bar:
             meter = _TokenMeter(bar)
             while missing:
-                n_made, turn = len(made), int(start * len(missing))
-                with closing(self._make(writers, missing[turn:] + missing[:turn], write, meter)) as claims:
+                n_made = len(made)
+                with closing(self._make(writers, _in_turn(missing, start), write, meter)) as claims:
                     for claim in claims:
                         made.add(claim.shard)
                         if progress:
@@ -249,6 +251,13 @@ class ShardJob:
         for array in features:
             array[status != Status.OK] = 0.0
         return features, status
+
+
+def _in_turn(shards: list[int], start: float | None) -> list[int]:
+    if start is None:
+        return random.sample(shards, len(shards))
+    turn = int(start * len(shards))
+    return shards[turn:] + shards[:turn]
 
 
 def _size(batch: Sequence[int], lengths: Sequence[int]) -> Size:
