@@ -114,15 +114,33 @@ def prepare(
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
     """
     ranks = ranks_of(model)
-    examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
-    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if tokenizer is None and not path:
-        raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
-    check_vocabulary(model, tokenizer, path or type(model).__name__)
-    if len({to_path(out).resolve() for out in outputs}) < len(outputs):
-        raise LessFastError("two outputs have the same folder; give each its own")
-    encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
+    with ranks.failing_together():
+        examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
+        path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        if tokenizer is None and not path:
+            raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
+        check_vocabulary(model, tokenizer, path or type(model).__name__)
+        if len({to_path(out).resolve() for out in outputs}) < len(outputs):
+            raise LessFastError("two outputs have the same folder; give each its own")
+        encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
+    form = {"dtype": dtype, "shard_size": shard_size}
+    # These decide how many passes of the model follow, all in step; features travel in the order of the outputs.
+    ranks.check_same(
+        {
+            **form,
+            "outputs": [[str(out), output.projection.to_dict()] for out, output in outputs.items()],
+            "examples": examples.fingerprint,
+            "template": template,
+            "max_length": max_length,
+            "token_budget": token_budget,
+            "targets": targets,
+            "backend": backend,
+            "packing": packing,
+            "compile_model": compile_model,
+            "checkpoint_activations": checkpoint_activations,
+        }
+    )
     extractor = MultiFeatureExtractor(
         model,
         list(outputs.values()),
@@ -169,8 +187,7 @@ def prepare(
         }
         for output, used, source in zip(outputs.values(), extractor.backends(), extractor.computed())
     ]
-    form = {"dtype": dtype, "shard_size": shard_size}
-    ranks.check_same({**facts, **form, "outputs": dict(zip(map(str, outputs), kinds))})
+    ranks.check_same({**facts, "outputs": kinds})
 
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
