@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,30 +33,7 @@ from less_fast.store import FeatureStore, Rows, Status, StoreWriter
 
 logger = logging.getLogger("less_fast")
 
-
-def extract(
-    model: nn.Module,
-    dataset: Examples | PathOrUrl | Any,
-    out: PathOrUrl,
-    *,
-    projection: Projection | None = None,
-    precondition: Precondition = "sgd",
-    **settings: Any,
-) -> FeatureStore:
-    """Features of every example of a dataset, in a store on disk.
-
-    Parameters
-    ----------
-    model : as for :class:`~less_fast.FeatureExtractor`.
-    dataset : anything :func:`~less_fast.data.load_examples` takes.
-    out : the store's folder, or its URL (``s3://…``). Where it holds a part of the same job, that part is kept and the
-        rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
-    projection : default ``Projection("srht", 8192)``.
-    precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
-    settings : the keyword arguments of :func:`extract_many` and :func:`prepare`.
-    """
-    output = Output(projection or Projection(), precondition)
-    return extract_many(model, dataset, {out: output}, **settings)[out]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -205,6 +183,22 @@ def prepare(
     )
 
 
+def _with_settings_of(inner: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Have ``help`` show the keyword arguments of ``inner`` where ``**settings`` stands for them."""
+    added = [p for p in inspect.signature(inner).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def shown(outer: Any) -> Any:
+        signature = inspect.signature(outer)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        parameters = [*own, *(p for p in added if p.name not in names)]
+        outer.__signature__ = signature.replace(parameters=parameters)
+        return outer
+
+    return shown
+
+
+@_with_settings_of(prepare)
 def extract_many(
     model: nn.Module,
     dataset: Examples | PathOrUrl | Any,
@@ -226,7 +220,8 @@ def extract_many(
         as one process, of which one rank writes.
     shard_range : make only shards [first, last); the stores that are returned may then miss others.
     progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
-    settings : the keyword arguments of :func:`prepare`.
+    settings : tokenizer, template, max_length, dtype, token_budget, shard_size, targets, backend, packing,
+        compile_model and checkpoint_activations; ``help(less_fast.extraction.prepare)`` says what each of them is.
     """
     extraction = prepare(model, dataset, outputs, **settings)
     ranks = extraction.ranks
@@ -245,6 +240,32 @@ def extract_many(
     if ranks.main:
         tell_of_rows(next(iter(stores.values())))
     return stores
+
+
+@_with_settings_of(extract_many)
+def extract(
+    model: nn.Module,
+    dataset: Examples | PathOrUrl | Any,
+    out: PathOrUrl,
+    *,
+    projection: Projection | None = None,
+    precondition: Precondition = "sgd",
+    **settings: Any,
+) -> FeatureStore:
+    """Features of every example of a dataset, in a store on disk.
+
+    Parameters
+    ----------
+    model : as for :class:`~less_fast.FeatureExtractor`.
+    dataset : anything :func:`~less_fast.data.load_examples` takes.
+    out : the store's folder, or its URL (``s3://…``). Where it holds a part of the same job, that part is kept and the
+        rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
+    projection : default ``Projection("srht", 8192)``.
+    precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
+    settings : the other keyword arguments of :func:`extract_many`.
+    """
+    output = Output(projection or Projection(), precondition)
+    return extract_many(model, dataset, {out: output}, **settings)[out]
 
 
 def shard_window(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ _LASTING = {
 }
 # Times that Ray starts an actor again; one that dies more often dies of more than bad luck, of too little memory say.
 _RESTARTS = 6
+# Letters of Ray's reasons, which go on and on.
+_REASON = 340
 # Runs in a row that find all of their shards made already, which are not here.
 _IDLE_RUNS = 3
 # How often finished shards are listed at most, and what part of the time goes into that at most.
@@ -314,7 +317,7 @@ class _Pool:
                 logger.warning("an actor has died too often; all are started anew, since some shards were finished")
                 return n_made
             last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-            raise LessFastError(f"Ray gave up ({last}); everything that was finished is kept") from error
+            raise LessFastError(f"Ray gave up ({shorten(last, _REASON)}); everything that was finished is kept") from error
         return n_made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import inspect
 import json
 import os
 import signal
@@ -355,6 +356,14 @@ def test_what_a_failed_attempt_has_claimed_is_made_by_the_next(
         assert set(attempts) == {0, 1, 2}
         writers[0].refresh()
         assert writers[0].pending() == [3, 4] and 0 in entries
+
+
+def test_the_settings_are_in_the_signatures() -> None:
+    many, one = (list(inspect.signature(function).parameters) for function in (extract_many, extract))
+    settings = [name for name, p in inspect.signature(prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert many == ["model", "dataset", "outputs", "shared", "shard_range", "progress", *settings]
+    assert one == ["model", "dataset", "out", "projection", "precondition", *many[3:]]
+    assert all(name in str(extract_many.__doc__) for name in settings)
 
 
 def test_bad_settings_are_named(folder: Path, tmp_path: Path) -> None:
