@@ -316,8 +316,8 @@ class _Pool:
             if n_made:
                 logger.warning("an actor has died too often; all are started anew, since some shards were finished")
                 return n_made
-            last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-            raise LessFastError(f"Ray gave up ({shorten(last, _REASON)}); everything that was finished is kept") from error
+            last = shorten([line for line in str(error).splitlines() if line.strip()][-1], _REASON)
+            raise LessFastError(f"Ray gave up ({last}); everything that was finished is kept") from error
         return n_made
 
 
