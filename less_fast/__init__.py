@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from less_fast.errors import LessFastError
+    from less_fast.extract_job import ExtractJob
     from less_fast.extraction import extract, extract_many
     from less_fast.features import FeatureExtractor, Output
     from less_fast.model import load_model
     from less_fast.ops.project import project
     from less_fast.optim import AdamState
     from less_fast.projection import Projection
+    from less_fast.ray_engine import extract_on_ray
     from less_fast.scoring import influence, select
     from less_fast.store import FeatureStore
 
 # Loaded when first used: importing torch and transformers takes seconds, and `less-fast --help` needs neither.
 _ROOMS = {
     "AdamState": "optim",
+    "ExtractJob": "extract_job",
     "FeatureExtractor": "features",
     "FeatureStore": "store",
     "LessFastError": "errors",
@@ -26,6 +29,7 @@ _ROOMS = {
     "Projection": "projection",
     "extract": "extraction",
     "extract_many": "extraction",
+    "extract_on_ray": "ray_engine",
     "influence": "scoring",
     "load_model": "model",
     "project": "ops.project",
@@ -34,6 +38,7 @@ _ROOMS = {
 
 __all__ = [
     "AdamState",
+    "ExtractJob",
     "FeatureExtractor",
     "FeatureStore",
     "LessFastError",
@@ -41,6 +46,7 @@ __all__ = [
     "Projection",
     "extract",
     "extract_many",
+    "extract_on_ray",
     "influence",
     "load_model",
     "project",

@@ -35,7 +35,7 @@ from less_fast.ops.rule import NONE, Rule
 from less_fast.projection import KINDS, Projection
 from less_fast.segments import Segments
 
-PACKAGES = ("less_fast", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
+PACKAGES = ("less_fast", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "ray", "numpy")
 TOLERANCE = 1e-5  # relative, of float32 sums against float64
 
 # Two LoRA matrices whose long sides are no multiple of a block, and N examples.

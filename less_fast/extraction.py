@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,30 +32,7 @@ from less_fast.store import FeatureStore, Rows, Status, StoreWriter
 
 logger = logging.getLogger("less_fast")
 
-
-def extract(
-    model: nn.Module,
-    dataset: Examples | PathOrUrl | Any,
-    out: PathOrUrl,
-    *,
-    projection: Projection | None = None,
-    precondition: Precondition = "sgd",
-    **settings: Any,
-) -> FeatureStore:
-    """Features of every example of a dataset, in a store on disk.
-
-    Parameters
-    ----------
-    model : as for :class:`~less_fast.FeatureExtractor`.
-    dataset : anything :func:`~less_fast.data.load_examples` takes.
-    out : the store's folder, or its URL (``s3://…``). Where it holds a part of the same job, that part is kept and the
-        rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
-    projection : default ``Projection("srht", 8192)``.
-    precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
-    settings : the keyword arguments of :func:`extract_many` and :func:`prepare`.
-    """
-    output = Output(projection or Projection(), precondition)
-    return extract_many(model, dataset, {out: output}, **settings)[out]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -113,15 +91,33 @@ def prepare(
     compile_model : run ``torch.compile`` on the parts of the model without adapters (MLPs, norms) for this call.
     """
     ranks = ranks_of(model)
-    examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
-    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if tokenizer is None and not path:
-        raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
-    check_vocabulary(model, tokenizer, path or type(model).__name__)
-    if len({to_path(out).resolve() for out in outputs}) < len(outputs):
-        raise LessFastError("two outputs have the same folder; give each its own")
-    encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
+    with ranks.failing_together():
+        examples = dataset if isinstance(dataset, Examples) else load_examples(dataset)
+        path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        if tokenizer is None and not path:
+            raise LessFastError("the model does not say where it was loaded from; pass tokenizer=")
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
+        check_vocabulary(model, tokenizer, path or type(model).__name__)
+        if len({to_path(out).resolve() for out in outputs}) < len(outputs):
+            raise LessFastError("two outputs have the same folder; give each its own")
+        encode_all([], tokenizer, template, max_length)  # a template or length that cannot serve: an error at once
+    form = {"dtype": dtype, "shard_size": shard_size}
+    # These decide how many passes of the model follow, all in step; features travel in the order of the outputs.
+    ranks.check_same(
+        {
+            **form,
+            "outputs": [[str(out), output.projection.to_dict()] for out, output in outputs.items()],
+            "examples": examples.fingerprint,
+            "template": template,
+            "max_length": max_length,
+            "token_budget": token_budget,
+            "targets": targets,
+            "backend": backend,
+            "packing": packing,
+            "compile_model": compile_model,
+            "checkpoint_activations": checkpoint_activations,
+        }
+    )
     extractor = MultiFeatureExtractor(
         model,
         list(outputs.values()),
@@ -168,8 +164,7 @@ def prepare(
         }
         for output, used, source in zip(outputs.values(), extractor.backends(), extractor.computed())
     ]
-    form = {"dtype": dtype, "shard_size": shard_size}
-    ranks.check_same({**facts, **form, "outputs": dict(zip(map(str, outputs), kinds))})
+    ranks.check_same({**facts, "outputs": kinds})
 
     def encode(window: range) -> list[Encoded]:
         return encode_all([examples[i] for i in window], tokenizer, template, max_length)
@@ -187,6 +182,22 @@ def prepare(
     )
 
 
+def _with_settings_of(inner: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Have ``help`` show the keyword arguments of ``inner`` where ``**settings`` stands for them."""
+    added = [p for p in inspect.signature(inner).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def shown(outer: Any) -> Any:
+        signature = inspect.signature(outer)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        parameters = [*own, *(p for p in added if p.name not in names)]
+        outer.__signature__ = signature.replace(parameters=parameters)
+        return outer
+
+    return shown
+
+
+@_with_settings_of(prepare)
 def extract_many(
     model: nn.Module,
     dataset: Examples | PathOrUrl | Any,
@@ -208,7 +219,8 @@ def extract_many(
         as one process, of which one rank writes.
     shard_range : make only shards [first, last); the stores that are returned may then miss others.
     progress : show a progress bar with examples/s, tokens/s and the time left; under ``torchrun``, rank 0 does.
-    settings : the keyword arguments of :func:`prepare`.
+    settings : tokenizer, template, max_length, dtype, token_budget, shard_size, targets, backend, packing,
+        compile_model and checkpoint_activations; ``help(less_fast.extraction.prepare)`` says what each of them is.
     """
     extraction = prepare(model, dataset, outputs, **settings)
     ranks = extraction.ranks
@@ -226,6 +238,32 @@ def extract_many(
     if ranks.main:
         tell_of_rows(next(iter(stores.values())))
     return stores
+
+
+@_with_settings_of(extract_many)
+def extract(
+    model: nn.Module,
+    dataset: Examples | PathOrUrl | Any,
+    out: PathOrUrl,
+    *,
+    projection: Projection | None = None,
+    precondition: Precondition = "sgd",
+    **settings: Any,
+) -> FeatureStore:
+    """Features of every example of a dataset, in a store on disk.
+
+    Parameters
+    ----------
+    model : as for :class:`~less_fast.FeatureExtractor`.
+    dataset : anything :func:`~less_fast.data.load_examples` takes.
+    out : the store's folder, or its URL (``s3://…``). Where it holds a part of the same job, that part is kept and the
+        rest is made; the result is the same bit for bit. Where it holds anything else, LessFastError says what differs.
+    projection : default ``Projection("srht", 8192)``.
+    precondition : ``"sgd"``, ``"sign"`` or an :class:`~less_fast.AdamState`.
+    settings : the other keyword arguments of :func:`extract_many`.
+    """
+    output = Output(projection or Projection(), precondition)
+    return extract_many(model, dataset, {out: output}, **settings)[out]
 
 
 def shard_window(shard_range: tuple[int, int] | None, n_shards: int) -> range | None:

@@ -11,15 +11,19 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from less_fast.errors import LessFastError
 from less_fast.extract_job import ExtractJob
+from less_fast.progress import progress_bar
 from less_fast.store import FeatureStore, Rows, StoreWriter
 from less_fast.store.manifest import ShardEntry
 from less_fast.store.sharing import claim_shards, missing_shards
@@ -39,6 +43,12 @@ _LASTING = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
 }
+# Times that Ray starts an actor again; one that dies more often dies of more than bad luck, of too little memory say.
+_RESTARTS = 6
+# Letters of Ray's reasons, which go on and on.
+_REASON = 340
+# Runs in a row that find all of their shards made already, which are not here.
+_IDLE_RUNS = 3
 # How often finished shards are listed at most, and what part of the time goes into that at most.
 _LIST_SECONDS = 1.0
 _LIST_SHARE = 0.05
@@ -74,12 +84,13 @@ def extract_on_ray(
     gpus_per_actor : default 1 where the job's device is cuda, or auto and the cluster has GPUs; else 0.
     address : of a Ray cluster. Default: RAY_ADDRESS, else Ray is started on this machine, for this call. Where the
         process has called ``ray.init``, that is what is used.
-    shard_range, progress : as for :func:`~less_fast.extract_many`; the progress is Ray Data's.
+    shard_range, progress : as for :func:`~less_fast.extract_many`.
 
     Raises
     ------
     LessFastError
-        if Ray is not installed or not to be reached, and for all that an actor raises it for.
+        if Ray is not installed or not to be reached, where an actor dies again and again, and for all that an actor
+        raises it for.
     """
     if Worker.from_environment().size > 1:
         raise LessFastError("the ray engine starts processes of its own; run it without torchrun")
@@ -92,23 +103,39 @@ def extract_on_ray(
     shards = shard_window(shard_range, n_shards)
     with ExitStack() as stack:
         rows = Rows(examples.ids, examples.datasets, examples.subtasks)
-        stores = _Stores(stack, list(job.stores), rows, range(n_shards) if shards is None else shards)
+        window = range(n_shards) if shards is None else shards
+        stores = _Stores(stack, list(job.stores), rows, job.shard_size, window)
         with _session(address) as ours:
             pool = _Pool.of(job, actors, gpus_per_actor, ours)
             stores.open_begun()
-            missing = stores.missing()
-            while True:  # once at least, so that settings are checked although all is there
-                n_made = pool.run(job, missing, stores, progress)
-                missing = stores.missing()
-                if not missing:
-                    break
-                if not n_made:
-                    missing = stores.missing_unclaimed()
+            with _quiet():
+                _make(pool.told(job), pool, stores, progress)
             if not ours:
                 stores.outstay(_LEAVE_SECONDS)
         made = stores.close(allow_partial=shards is not None)
     tell_of_rows(next(iter(made.values())))
     return made
+
+
+def _make(job: ExtractJob, pool: _Pool, stores: _Stores, progress: bool) -> None:
+    """Run the pool till no shard is missing."""
+    missing, n_idle = stores.missing(), 0
+    total = stores.n_rows(stores.shards)
+    with progress_bar(total, unit="ex", desc="features", show=progress, initial=total - stores.n_rows(missing)) as bar:
+        while True:  # once at least, so that settings are checked although all is there
+            n_made = pool.run(job, missing, stores, bar)
+            missing = stores.missing()
+            bar.update(total - stores.n_rows(missing) - bar.n)
+            if not missing:
+                return
+            n_idle = 0 if n_made else n_idle + 1
+            if n_idle == _IDLE_RUNS:
+                raise LessFastError(
+                    f"{len(missing)} shards (the first: {missing[0]}) are there where actors look for them, but not "
+                    f"in {', '.join(job.stores)} on {socket.gethostname()}; name a folder that all machines share"
+                )
+            if not n_made:
+                missing = stores.missing_unclaimed()
 
 
 class _Stores:
@@ -117,11 +144,12 @@ class _Stores:
     Nobody knows what they are made with till an actor has loaded it; the first one to do so creates them.
     """
 
-    def __init__(self, stack: ExitStack, paths: list[str], rows: Rows, shards: range) -> None:
+    def __init__(self, stack: ExitStack, paths: list[str], rows: Rows, shard_size: int, shards: range) -> None:
         self._stack = stack
         self._paths = paths
         self._rows = rows
-        self._shards = shards
+        self._shard_size = shard_size
+        self.shards = shards
         self._writers: list[StoreWriter] = []
         self._unlisted: list[dict[int, ShardEntry]] = [{} for _ in paths]
         self._list_after = 0.0
@@ -156,21 +184,29 @@ class _Stores:
         if time.monotonic() >= self._list_after:
             self._list()
 
+    def n_rows(self, shards: Iterable[int]) -> int:
+        size = self._shard_size
+        return sum(min(size, len(self._rows) - shard * size) for shard in shards)
+
     def _list(self) -> None:
         began = time.monotonic()
         for writer, unlisted in zip(self._writers, self._unlisted):
-            if unlisted:
-                writer.enlist(unlisted)
-                unlisted.clear()
+            # A network's file system may show a file late; a folder that is another one on each machine, never.
+            path = writer.path
+            seen = {n: e for n, e in unlisted.items() if not isinstance(path, Path) or (path / e.file).exists()}
+            if seen:
+                writer.enlist(seen)
+            for shard in seen:
+                del unlisted[shard]
         now = time.monotonic()
         self._list_after = now + max(_LIST_SECONDS, (now - began) / _LIST_SHARE)
 
     def missing(self) -> list[int]:
         """The shards that are not there; all of them before the stores are."""
         if not self._writers:
-            return list(self._shards)
+            return list(self.shards)
         self._list()
-        return missing_shards(self._writers, self._shards)
+        return missing_shards(self._writers, self.shards)
 
     def missing_unclaimed(self) -> list[int]:
         """Wait till a shard that is missing is nobody's, or none is missing; return what is missing."""
@@ -213,10 +249,16 @@ class _Pool:
         """What is asked for, or fits the cluster; ``alone``: it is this machine, and nothing is added to it."""
         import ray
 
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # A cluster's head has none often, and gets no actor then.
+        with_cpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        machines = with_cpus or [{"CPU": 1}]
         n_gpus = sum(machine.get("GPU", 0) for machine in machines)
         if gpus is None:
             gpus = 1 if job.device == "cuda" or (job.device == "auto" and n_gpus) else 0
+        if gpus < 0 or (gpus > 1 and gpus % 1) or (not gpus and job.device == "cuda"):
+            raise LessFastError(
+                f"gpus_per_actor is {gpus:g} with device {job.device}; expected a part of one GPU or a whole number"
+            )
         if gpus > n_gpus and alone:
             raise LessFastError(f"an actor is to have {gpus:g} GPUs, but Ray finds {n_gpus:g}; use --device cpu")
         if actors is None:
@@ -224,11 +266,15 @@ class _Pool:
         smallest, largest = (actors, actors) if isinstance(actors, int) else actors
         if not 1 <= smallest <= largest:
             raise LessFastError(f"actors are {smallest}:{largest}; expected ascending numbers from 1 on")
-        fewest_cpus = min(machine.get("CPU", 1) for machine in machines)
+        fewest_cpus = min(machine["CPU"] for machine in machines)
         cpus = 1 if gpus else max(1, fewest_cpus // -(-largest // len(machines)))
         return cls(smallest, largest, cpus, gpus)
 
-    def run(self, job: ExtractJob, shards: Sequence[int], stores: _Stores, progress: bool) -> int:
+    def told(self, job: ExtractJob) -> ExtractJob:
+        """The job as actors get it: without GPUs they are not to look for any."""
+        return job if self.gpus or job.device_map is not None else replace(job, device="cpu")
+
+    def run(self, job: ExtractJob, shards: Sequence[int], stores: _Stores, bar: tqdm[Any]) -> int:
         """Have the actors make shards; the number of those that they did make."""
         import ray.data
         from ray.exceptions import RayError
@@ -239,17 +285,17 @@ class _Pool:
         tasks = ray.data.from_items(rows, override_num_blocks=n_tasks)
         results = tasks.map_batches(
             _ShardActor,
-            fn_constructor_args=(job if self.gpus else replace(job, device="cpu"), os.getcwd()),
+            fn_constructor_args=(job, os.getcwd()),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(self.smallest, n_tasks), max_size=min(self.largest, n_tasks)
             ),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
+            max_restarts=_RESTARTS,  # Ray Data's default is to do so for ever
         )
-        results.context.enable_progress_bars = progress
+        results.context.enable_progress_bars = False
         results.context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.INFO if progress else logging.ERROR)
         n_made = 0
         try:
             found: Any = iter(results.iter_batches(batch_size=None, prefetch_batches=0))
@@ -263,9 +309,14 @@ class _Pool:
                             raise RuntimeError(f"an actor failed:\n{result['failure']}")
                         stores.open()
                         stores.add(shard, result["entries"])
-                        n_made += any(result["entries"])
+                        if any(result["entries"]):
+                            n_made += 1
+                            bar.update(stores.n_rows([shard]))
         except RayError as error:
-            last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+            if n_made:
+                logger.warning("an actor has died too often; all are started anew, since some shards were finished")
+                return n_made
+            last = shorten([line for line in str(error).splitlines() if line.strip()][-1], _REASON)
             raise LessFastError(f"Ray gave up ({last}); everything that was finished is kept") from error
         return n_made
 
@@ -333,6 +384,25 @@ def _may_pass(error: BaseException | None) -> bool:
             return error.errno not in _LASTING
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block Ray Data says nothing but that the cluster is too small: the rest is told in our own words."""
+    import ray.data  # noqa: F401  # it sets these levels itself when it is imported
+
+    levels = {"ray.data": logging.CRITICAL, "ray.data._internal.execution.resource_manager": logging.WARNING}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            # Of max_restarts, which has no other place before Ray 2.64.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -129,11 +129,16 @@ class ShardJob:
                 if entry is not None:
                     entries[writers.index(writer)][claim.shard] = entry
 
-        with (
-            progress_bar(0, unit="ex", desc="features", show=False) as bar,
-            closing(self._make(writers, shards, put, _TokenMeter(bar))) as claims,
-        ):
-            deque(claims, maxlen=0)
+        try:
+            with (
+                progress_bar(0, unit="ex", desc="features", show=False) as bar,
+                closing(self._make(writers, shards, put, _TokenMeter(bar))) as claims,
+            ):
+                deque(claims, maxlen=0)
+        finally:  # the writers live on after an error, which leaves claimed shards behind
+            for writer in writers:
+                for shard in shards:
+                    writer.give_up(shard)
         return entries
 
     def _windows(self, writers: Sequence[StoreWriter]) -> Callable[[int], range]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
+import inspect
 import json
 import os
 import signal
@@ -11,8 +13,10 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ from support.tiny import examples, save_tiny_llama, write_jsonl
 from less_fast import extraction, shard_job
 from less_fast.data import CPU_BATCH_COST, collate, encode_all, load_examples, plan_batches
 from less_fast.errors import LessFastError
-from less_fast.extraction import extract, extract_many
+from less_fast.extraction import extract, extract_many, prepare
 from less_fast.features import FeatureExtractor, MultiFeatureExtractor, Output
 from less_fast.model import load_model
 from less_fast.model.compiled import compiled
@@ -78,6 +82,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from typing import Any
 import time
 import test_extract
 from less_fast.store import StoreWriter
@@ -326,6 +331,39 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
 
 def ids(n: int) -> torch.Tensor:
     return torch.zeros(1, n, dtype=torch.long)
+
+
+def test_what_a_failed_attempt_has_claimed_is_made_by_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model(folder / "model", folder / "adapter", device="cpu")
+    outputs = {tmp_path / "store": Output(SRHT)}
+    extraction = prepare(model, folder / "pool.jsonl", outputs, tokenizer=tokenizer, shard_size=7, token_budget=200)
+    original, attempts = StoreWriter.put, []
+
+    def put(self: StoreWriter, shard: int, *arguments: Any, **facts: Any) -> Any:
+        attempts.append(shard)
+        if len(attempts) == 1:
+            raise OSError(errno.EIO, "gone for a while")
+        return original(self, shard, *arguments, **facts)
+
+    monkeypatch.setattr(StoreWriter, "put", put)
+    with ExitStack() as stack:
+        writers = extraction.open(stack, shared=True)
+        with pytest.raises(OSError, match="gone for a while"):
+            extraction.job.put(writers, [0, 1, 2])
+        (entries,) = extraction.job.put(writers, [0, 1, 2])
+        assert set(attempts) == {0, 1, 2}
+        writers[0].refresh()
+        assert writers[0].pending() == [3, 4] and 0 in entries
+
+
+def test_the_settings_are_in_the_signatures() -> None:
+    many, one = (list(inspect.signature(function).parameters) for function in (extract_many, extract))
+    settings = [name for name, p in inspect.signature(prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert many == ["model", "dataset", "outputs", "shared", "shard_range", "progress", *settings]
+    assert one == ["model", "dataset", "out", "projection", "precondition", *many[3:]]
+    assert all(name in str(extract_many.__doc__) for name in settings)
 
 
 def test_bad_settings_are_named(folder: Path, tmp_path: Path) -> None:

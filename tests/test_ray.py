@@ -6,12 +6,14 @@ import builtins
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from support.worker_killer import forked, work
 
 from less_fast import ray_engine
 from less_fast.errors import LessFastError
-from less_fast.ray_engine import _ShardActor, extract_on_ray
+from less_fast.extract_job import ExtractJob
+from less_fast.ray_engine import _make, _Pool, _ShardActor, _Stores, extract_on_ray
 from less_fast.store import StoreWriter
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -213,6 +216,63 @@ def test_a_pool_that_cannot_be(tmp_path: Path, cluster: None) -> None:
 
     assert "actors are 3:2; expected ascending" in message(actors=(3, 2))
     assert "actors are 0:0; expected ascending" in message(actors=0)
+
+
+def test_a_pool_follows_the_machines_that_have_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 16.0}, {"memory": 1.0}, {"CPU": 8.0, "GPU": 2.0}]  # the second one is a head without CPUs
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources} for resources in nodes])
+
+    def pool(actors: int | None = None, gpus: float | None = None, **settings: Any) -> _Pool:
+        return _Pool.of(ExtractJob("m", ("d",), "o", **settings), actors, gpus, alone=False)
+
+    assert pool(device="cpu") == _Pool(2, 2, cpus=8.0, gpus=0)
+    assert pool(actors=4, device="cpu") == _Pool(4, 4, cpus=4.0, gpus=0)
+    assert pool() == _Pool(2, 2, cpus=1, gpus=1)
+    for gpus, device in ((0, "cuda"), (-1, "auto"), (1.5, "auto")):
+        assert f"gpus_per_actor is {gpus:g} with device {device};" in refusal(partial(pool, gpus=gpus, device=device))
+    job = ExtractJob("m", ("d",), "o")
+    assert pool().told(job) is job and pool(gpus=0).told(job).device == "cpu"
+    spread = ExtractJob("m", ("d",), "o", device_map="auto")
+    assert pool(gpus=0).told(spread) is spread  # which says itself where layers go
+
+
+def test_an_actor_that_dies_each_time_ends_the_run(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "_RESTARTS", 1)
+    job: Any = MadeUpJob(str(tmp_path / "store"), str(tmp_path / "log"), 0.0, fatal=7)
+    message = refusal(lambda: extract_on_ray(job, actors=1, shard_range=(6, 8), progress=False))
+    assert "Ray gave up" in message and "everything that was finished is kept" in message
+    assert noted(tmp_path / "log", "done") == [6]
+    assert 2 <= len(noted(tmp_path / "log", "actor")) <= 4
+
+
+def test_a_folder_that_is_another_one_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work(tmp_path / "theirs", tmp_path / "log", 0, shared=False)
+    entries = json.loads((tmp_path / "theirs/manifest.json").read_text())["shards"]
+    job, runs = made_up(tmp_path), []
+
+    class Pool:
+        """Shards but the first are where the driver does not see them."""
+
+        def run(self, job: Any, shards: list[int], stores: Any, bar: Any) -> int:
+            runs.append(list(shards))
+            job.prepare().open(ExitStack(), shared=True)[0].release()
+            if 0 in shards:
+                shutil.copy(tmp_path / "theirs" / entries[0]["file"], tmp_path / "store/shards")
+            stores.open()
+            for shard in shards:
+                stores.add(shard, [entries[shard] if len(runs) == 1 else None])
+            return len(shards) if len(runs) == 1 else 0
+
+    with ExitStack() as stack:
+        stores = _Stores(stack, list(job.stores), job.examples(), job.shard_size, range(3))
+        pool: Any = Pool()
+        message = refusal(lambda: _make(job, pool, stores, progress=False))
+    assert message.startswith("2 shards (the first: 1) are there where actors look for them, but not in")
+    assert runs == [[0, 1, 2], *[[1, 2]] * 3]
+    listed = json.loads((tmp_path / "store/manifest.json").read_text())["shards"]
+    assert [entry["file"] for entry in listed] == [entries[0]["file"]]
 
 
 def test_interrupting_a_run_ends_its_actors(tmp_path: Path) -> None:

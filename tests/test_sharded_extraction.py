@@ -98,12 +98,17 @@ def test_every_rank_says_why_a_store_is_not_made(made: Path) -> None:
     ours, theirs = ((made / f"refused-{rank}").read_text().splitlines() for rank in (0, 1))
     assert "(here -> rank 1): max_length: 64 -> 63; give all" in ours[0]
     assert "(here -> rank 0): max_length: 63 -> 64; give all" in theirs[0]
-    assert "was begun with other settings (old -> new): max_length: 64 -> 32;" in ours[1]
-    assert theirs[1] == ours[1] + " (on rank 0 of the model's 2)"
-    assert ours[2:] == theirs[2:]
-    assert "shard_range is 9:3" in ours[2]
-    assert "(tensor parallelism, perhaps)" in ours[3]
-    assert "a mixed-precision policy" in ours[4]
+    assert "(here -> rank 1): checkpoint_activations: false -> true; give all" in ours[1]
+    assert '(here -> rank 1): token_budget: "auto" -> 150; give all' in ours[2]
+    assert re.search(r'outputs\[0\]\[0\]: ".*in_step" -> ".*in_step-sgd"; ', ours[3])
+    assert "rank-1.jsonl: no such file" in theirs[4]
+    assert ours[4] == theirs[4] + " (on rank 1 of the model's 2)"
+    assert "was begun with other settings (old -> new): max_length: 64 -> 32;" in ours[5]
+    assert theirs[5] == ours[5] + " (on rank 0 of the model's 2)"
+    assert ours[6:] == theirs[6:]
+    assert "shard_range is 9:3" in ours[6]
+    assert "(tensor parallelism, perhaps)" in ours[7]
+    assert "a mixed-precision policy" in ours[8]
 
 
 def test_what_a_rank_holds_of_the_weights(made: Path) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from less_fast import LessFastError, Output, Projection, extract_many
-from less_fast.data import load_examples
 from less_fast.model import load_model
 from less_fast.model.devices import sharded_bytes
 from support.large_models import adam_state
@@ -49,15 +48,24 @@ def sharded(folder: Path, shape: tuple[int, ...] = (2,), device: str = "cpu", **
     return model, tokenizer
 
 
-def make(folder: Path, name: str, model: nn.Module, tokenizer: Any, **settings: Any) -> None:
-    """Stores ``name`` (Adam, float32) and ``name``-sgd (int8) of the pool, in shards of 8."""
-    pool = load_examples(folder / "pool.jsonl")
+def make(
+    folder: Path,
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    pool: str = "pool.jsonl",
+    turned: bool = False,
+    **settings: Any,
+) -> None:
+    """Stores ``name`` (Adam, float32) and ``name``-sgd (int8) of the pool, in shards of 8; ``turned``: that first."""
     outputs: dict[str | Path, Output] = {
         folder / name: Output(Projection("srht", 128, seed=1), adam_state(whole(folder)[0])),
         folder / f"{name}-sgd": Output(Projection("sjlt", 64)),
     }
     options = {"token_budget": 150, "shard_size": 8, "max_length": 64, "progress": False, **settings}
-    extract_many(model, pool, outputs, tokenizer=tokenizer, **options)
+    if turned:
+        outputs = dict(reversed(outputs.items()))
+    extract_many(model, folder / pool, outputs, tokenizer=tokenizer, **options)
 
 
 def on_pass(model: nn.Module, layer: int, act: Callable[[Tensor], None]) -> None:
@@ -149,9 +157,14 @@ def refused(folder: Path) -> None:
     weight = split.get_submodule(LAYERS + ".0.mlp.up_proj").weight
     tensor = distribute_tensor(weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
     split.get_submodule(LAYERS + ".0.mlp.up_proj").weight = nn.Parameter(tensor)
+    (folder / "rank-0.jsonl").write_bytes((folder / "pool.jsonl").read_bytes())  # rank 1 has none
     mixed, _ = sharded(folder, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     attempts: list[tuple[nn.Module, dict[str, Any]]] = [
         (sharded(folder)[0], {"max_length": 64 - rank}),
+        (sharded(folder)[0], {"checkpoint_activations": rank == 1}),
+        (sharded(folder)[0], {"token_budget": 150 if rank else "auto"}),
+        (sharded(folder)[0], {"turned": rank == 1}),
+        (sharded(folder)[0], {"pool": f"rank-{rank}.jsonl"}),
         (sharded(folder)[0], {"max_length": 32}),
         (sharded(folder)[0], {"shard_range": (9, 3)}),
         (split, {}),
