@@ -10,9 +10,8 @@ import pytest
 from support import tiny
 from support.cli import less_fast
 from support.large_models import save_adapted
-from support.models import adapted, causal_lm
 
-from less_fast import FeatureStore, LessFastError, extract, extraction
+from less_fast import FeatureStore
 from less_fast.config import RunConfig
 from less_fast.pipeline import run
 
@@ -49,11 +48,3 @@ def test_a_run_takes_the_settings(tmp_path: Path) -> None:
     stores = [FeatureStore(next((r.out / "features").rglob("manifest.json")).parent) for r in (result, plain)]
     assert stores[0].facts["model"] != stores[1].facts["model"]
     assert stores[0].facts["adapter"] == stores[1].facts["adapter"]  # the warm-up was the same
-
-
-def test_a_sharded_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(extraction, "is_sharded", lambda model: True)
-    tokenizer = tiny.small_tokenizer("words")
-    model = adapted(causal_lm(vocab_size=len(tokenizer)))
-    with pytest.raises(LessFastError, match="sharded by FSDP2"):
-        extract(model, tiny.examples("sums", 2), tmp_path / "store", tokenizer=tokenizer)
