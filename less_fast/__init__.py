@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from less_fast.extraction import extract, extract_many
     from less_fast.features import FeatureExtractor, Output
     from less_fast.model import load_model
+    from less_fast.on_ray import extract_on_ray
     from less_fast.ops.project import project
     from less_fast.optim import AdamState
     from less_fast.projection import Projection
-    from less_fast.ray_engine import extract_on_ray
     from less_fast.scoring import influence, select
     from less_fast.store import FeatureStore
 
@@ -29,7 +29,7 @@ _ROOMS = {
     "Projection": "projection",
     "extract": "extraction",
     "extract_many": "extraction",
-    "extract_on_ray": "ray_engine",
+    "extract_on_ray": "on_ray",
     "influence": "scoring",
     "load_model": "model",
     "project": "ops.project",

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import flaky_files
 from support.children import child_environment
@@ -25,10 +26,15 @@ from support.ray_killer import MadeUpJob, alive, noted, start_driver, wait_gone
 from support.stores import folder_hashes, refusal
 from support.worker_killer import forked, work
 
-from less_fast import ray_engine
 from less_fast.errors import LessFastError
 from less_fast.extract_job import ExtractJob
-from less_fast.ray_engine import _make, _Pool, _ShardActor, _Stores, extract_on_ray
+from less_fast.on_ray import actor as actors
+from less_fast.on_ray import extract_on_ray
+from less_fast.on_ray import pool as pools
+from less_fast.on_ray.actor import ShardActor
+from less_fast.on_ray.engine import make_missing
+from less_fast.on_ray.pool import Pool
+from less_fast.on_ray.stores import Stores
 from less_fast.store import StoreWriter
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -162,12 +168,12 @@ def wrapped(number: int) -> LessFastError:
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pauses: list[float] = []
-    monkeypatch.setattr(ray_engine.time, "sleep", pauses.append)
+    monkeypatch.setattr(actors.time, "sleep", pauses.append)
 
     def result(*errors: Exception) -> dict[str, Any]:
         pauses.clear()
-        actor = _ShardActor(FailingJob(*errors), str(tmp_path))  # type: ignore[arg-type]
-        answer = actor({"shard": ray_engine.np.array([7])})
+        actor = ShardActor(FailingJob(*errors), str(tmp_path))  # type: ignore[arg-type]
+        answer = actor({"shard": np.array([7])})
         assert answer["shard"].tolist() == [7]
         return json.loads(answer["result"][0])
 
@@ -222,12 +228,12 @@ def test_a_pool_follows_the_machines_that_have_cpus(monkeypatch: pytest.MonkeyPa
     nodes = [{"CPU": 16.0}, {"memory": 1.0}, {"CPU": 8.0, "GPU": 2.0}]  # the second one is a head without CPUs
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources} for resources in nodes])
 
-    def pool(actors: int | None = None, gpus: float | None = None, **settings: Any) -> _Pool:
-        return _Pool.of(ExtractJob("m", ("d",), "o", **settings), actors, gpus, alone=False)
+    def pool(actors: int | None = None, gpus: float | None = None, **settings: Any) -> Pool:
+        return Pool.of(ExtractJob("m", ("d",), "o", **settings), actors, gpus, alone=False)
 
-    assert pool(device="cpu") == _Pool(2, 2, cpus=8.0, gpus=0)
-    assert pool(actors=4, device="cpu") == _Pool(4, 4, cpus=4.0, gpus=0)
-    assert pool() == _Pool(2, 2, cpus=1, gpus=1)
+    assert pool(device="cpu") == Pool(2, 2, cpus=8.0, gpus=0)
+    assert pool(actors=4, device="cpu") == Pool(4, 4, cpus=4.0, gpus=0)
+    assert pool() == Pool(2, 2, cpus=1, gpus=1)
     for gpus, device in ((0, "cuda"), (-1, "auto"), (1.5, "auto")):
         assert f"gpus_per_actor is {gpus:g} with device {device};" in refusal(partial(pool, gpus=gpus, device=device))
     job = ExtractJob("m", ("d",), "o")
@@ -239,7 +245,7 @@ def test_a_pool_follows_the_machines_that_have_cpus(monkeypatch: pytest.MonkeyPa
 def test_an_actor_that_dies_each_time_ends_the_run(
     tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "_RESTARTS", 1)
+    monkeypatch.setattr(pools, "_RESTARTS", 1)
     job: Any = MadeUpJob(str(tmp_path / "store"), str(tmp_path / "log"), 0.0, fatal=7)
     message = refusal(lambda: extract_on_ray(job, actors=1, shard_range=(6, 8), progress=False))
     assert "Ray gave up" in message and "everything that was finished is kept" in message
@@ -266,9 +272,9 @@ def test_a_folder_that_is_another_one_on_each_machine(tmp_path: Path, monkeypatc
             return len(shards) if len(runs) == 1 else 0
 
     with ExitStack() as stack:
-        stores = _Stores(stack, list(job.stores), job.examples(), job.shard_size, range(3))
+        stores = Stores(stack, list(job.stores), job.examples(), job.shard_size, range(3))
         pool: Any = Pool()
-        message = refusal(lambda: _make(job, pool, stores, progress=False))
+        message = refusal(lambda: make_missing(job, pool, stores, progress=False))
     assert message.startswith("2 shards (the first: 1) are there where actors look for them, but not in")
     assert runs == [[0, 1, 2], *[[1, 2]] * 3]
     listed = json.loads((tmp_path / "store/manifest.json").read_text())["shards"]

@@ -179,7 +179,7 @@ def _extract(
         )
         part = (int(window[1]), int(window[2])) if window else None
         if engine == "ray":
-            from less_fast.ray_engine import extract_on_ray
+            from less_fast.on_ray import extract_on_ray
 
             stores = extract_on_ray(
                 job,

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from less_fast.ray_engine import extract_on_ray
+from less_fast.on_ray import extract_on_ray
 from less_fast.store import Rows, StoreWriter
 from less_fast.store.manifest import ShardEntry
 from less_fast.store.sharing import claim_shards
