@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -41,18 +42,13 @@ def start(config: RunConfig, seconds: float = 0) -> int:
     return child
 
 
-def finish(config: RunConfig) -> float:
-    """The CPU seconds of a run that is left alone."""
-    _, status, used = os.wait4(start(config), 0)
+def finish(config: RunConfig, seconds: float = 0) -> float | None:
+    """The CPU seconds that a run took; None where it was killed, after so many (0: it is left alone)."""
+    _, status, used = os.wait4(start(config, seconds), 0)
+    if seconds and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        return None
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
     return used.ru_utime + used.ru_stime
-
-
-def killed(config: RunConfig, seconds: float) -> bool:
-    """Whether the run was still going after this time."""
-    _, status = os.waitpid(start(config, seconds), 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -64,15 +60,17 @@ def hashes(folder: Path) -> dict[str, str]:
 def main(folder: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     settings = tiny.config(folder)
-    duration = finish(RunConfig(**{**settings, "out": str(folder / "whole")}))
+    duration = finish(RunConfig(**{**settings, "out": str(folder / "whole")})) or 0.0
     expected = hashes(folder / "whole")
     draw = random.Random(0)
     n_killed, unlike = 0, []
     for number in range(rounds):
         out = folder / f"killed-{number}"
         config = RunConfig(**{**settings, "out": str(out)})
-        n_killed += killed(config, duration * (number + 0.5) / rounds)
-        n_killed += killed(config, duration * draw.random())
+        while (seconds := finish(config, duration * (number + 0.5) / rounds)) is not None:
+            duration = min(duration, seconds)  # the first run was slower, by what else the machine did perhaps
+            shutil.rmtree(out)
+        n_killed += 1 + (finish(config, duration * draw.random()) is None)
         finish(config)
         found = hashes(out)
         unlike += [f"{out.name}/{name}" for name in {**expected, **found} if expected.get(name) != found.get(name)]
