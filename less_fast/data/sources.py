@@ -157,9 +157,9 @@ def _open(path: AnyPath) -> IO[bytes]:
     if not is_gzip:
         return file
     if isinstance(path, RemotePath):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
+        return gzip.open(file, "rb")  # type: ignore[return-value]  # a GzipFile reads as an IO[bytes] does
     file.close()  # gzip would leave it open
-    return gzip.open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb")  # type: ignore[return-value]  # as above
 
 
 def _require_unchanged(path: AnyPath, stamp: tuple[int, int]) -> None:

@@ -140,7 +140,7 @@ def kill_actors(folder: Path, expected: dict[str, str], draw: random.Random, rou
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            extract_on_ray(job_in(this, 0.1), actors=2, progress=False)  # type: ignore[arg-type]
+            extract_on_ray(job_in(this, 0.1), actors=2, progress=False)  # type: ignore[arg-type]  # a stand-in
         finally:
             over.set()
             killer.join()
@@ -209,7 +209,7 @@ if __name__ == "__main__":
 
     if sys.argv[1] == "driver":
         made_up = ray_killer.MadeUpJob(**json.loads(sys.argv[2]))
-        extract_on_ray(made_up, actors=2, progress=False)  # type: ignore[arg-type]
+        extract_on_ray(made_up, actors=2, progress=False)  # type: ignore[arg-type]  # a stand-in
     else:
         pairs = [argument.split("=") for argument in sys.argv[3:]]
         ray_killer.main(Path(sys.argv[1]), int(sys.argv[2]), {mode: int(rounds) for mode, rounds in pairs})
